@@ -1,0 +1,1 @@
+"""The command line: arguments -> settings -> one library call. The only place that prints and catches errors."""

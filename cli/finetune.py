@@ -1,0 +1,237 @@
+"""`mmea finetune`: labelled structures in, an adapter file out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from mmea_calc.backbone import Backbone
+    from mmea_calc.dataset import Dataset
+    from mmea_calc.finetuning import FinetuneResult
+
+    from .settings import Settings
+
+# Options that are no field of AdapterConfig or TrainConfig; a --config file may hold them too.
+OTHER_OPTIONS: dict[str, Any] = {
+    "output": Path,
+    "valid": Path,
+    "test": Path,
+    "backbone": str,
+    "head": str,
+    "recipe": str,
+    "E0s": str | dict,
+    "energy_key": str,
+    "forces_key": str,
+    "stress_key": str,
+    "resume": bool,
+}
+DATA, MODEL, TRAINING = "Data", "Backbone and adapter", "Training"
+
+
+def finetune(
+    train: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRAIN...",
+            help="Labelled structures: extended xyz, ASE db or .traj. Several files are joined, such as one with "
+            "isolated atoms.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Adapter file to write; TRAIN's name with .adapter if not given."),
+    ] = None,
+    valid: Annotated[
+        Path | None, typer.Option(help="Structures that choose the best weights.", rich_help_panel=DATA)
+    ] = None,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Part of TRAIN set aside when --valid is not given.", rich_help_panel=DATA)
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Structures for the report at the end.", rich_help_panel=DATA)
+    ] = None,
+    energy_key: Annotated[
+        str | None, typer.Option(help="Name of the energies; detected if not given.", rich_help_panel=DATA)
+    ] = None,
+    forces_key: Annotated[str | None, typer.Option(help="Name of the forces.", rich_help_panel=DATA)] = None,
+    stress_key: Annotated[str | None, typer.Option(help="Name of the stresses.", rich_help_panel=DATA)] = None,
+    E0s: Annotated[
+        str | None,
+        typer.Option(
+            "--E0s",
+            help="Reference energies: isolated, estimated, average, a YAML or JSON file, or a mapping such as "
+            "'{1: -13.6, 6: -1029.1}' in eV.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Name (see mmea backbone list) or path.", rich_help_panel=MODEL)
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.", rich_help_panel=MODEL)] = None,
+    method: Annotated[str | None, typer.Option(help="mmea, gates, full, ...", rich_help_panel=MODEL)] = None,
+    gate_rank: Annotated[int | None, typer.Option(help="Rank of the gates.", rich_help_panel=MODEL)] = None,
+    low_rank: Annotated[int | None, typer.Option(help="Rank of the weight updates.", rich_help_panel=MODEL)] = None,
+    phi: Annotated[
+        Literal["exp", "residual"] | None, typer.Option(help="Gain of orders l >= 1.", rich_help_panel=MODEL)
+    ] = None,
+    init_std: Annotated[
+        float | None, typer.Option(help="Spread of the gates' first weights at the start.", rich_help_panel=MODEL)
+    ] = None,
+    saturate: Annotated[
+        bool | None,
+        typer.Option(
+            "--saturate/--no-saturate",
+            help="Level gates off outside the range seen in training.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Named settings to start from: paper, ...", rich_help_panel=TRAINING)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", rich_help_panel=TRAINING)] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate.", rich_help_panel=TRAINING)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Structures per step.", rich_help_panel=TRAINING)] = None,
+    energy_weight: Annotated[float | None, typer.Option(help="Of the energy loss.", rich_help_panel=TRAINING)] = None,
+    forces_weight: Annotated[float | None, typer.Option(help="Of the forces loss.", rich_help_panel=TRAINING)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of splits, shuffling and initial values.", rich_help_panel=TRAINING)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
+    dtype: Annotated[
+        Literal["float32", "float64"] | None, typer.Option(help="Precision.", rich_help_panel=TRAINING)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with option names as keys; flags go before it.", rich_help_panel=TRAINING),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume", help="Continue the run of the same output file.", rich_help_panel=TRAINING),
+    ] = None,
+) -> None:
+    """Fine-tune a backbone on labelled structures and write an adapter file."""
+    flags = {k: v for k, v in locals().items() if k not in ("train", "config")}
+    from .settings import resolve
+
+    _run(train, resolve(flags, config, OTHER_OPTIONS))
+
+
+def _run(train_files: list[Path], settings: Settings) -> None:
+    from mmea_calc.backbone import load_backbone
+    from mmea_calc.config import DEFAULT_BACKBONE
+    from mmea_calc.finetuning import finetune as train_adapter
+    from mmea_calc.finetuning import resolve_device
+
+    from .console import out
+    from .progress import TrainingDisplay
+
+    options, training = settings.options, settings.training
+    train, valid, test = _read(train_files, options)
+    backbone = load_backbone(
+        options["backbone"] or DEFAULT_BACKBONE,
+        head=options["head"],
+        device=resolve_device(training.device),
+        dtype=training.dtype,
+    )
+    _introduce(backbone)
+    _report(train, valid, test, backbone)
+    _count(backbone, settings)
+    with TrainingDisplay(out()) as display:
+        result = train_adapter(
+            train,
+            options["output"] or Path(train_files[0].stem + ".adapter"),
+            valid=valid,
+            test=test,
+            backbone=backbone,
+            adapter=settings.adapter,
+            training=training,
+            E0s=options["E0s"],
+            resume=bool(options["resume"]),
+            progress=display,
+        )
+    _conclude(result)
+
+
+def _read(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    from mmea_calc.data import read_dataset
+
+    keys = {name: options[name] for name in ("energy_key", "forces_key", "stress_key")}
+    train = read_dataset(train_files, **keys)
+    valid = read_dataset(options["valid"], **keys) if options["valid"] else None
+    test = read_dataset(options["test"], **keys) if options["test"] else None
+    return train, valid, test
+
+
+def _introduce(backbone: Backbone) -> None:
+    from .console import FINGERPRINT_DIGITS, elements_text, say
+
+    say(
+        f"Backbone {backbone.name} (fingerprint {backbone.fingerprint[:FINGERPRINT_DIGITS]}), head {backbone.head}, "
+        f"{backbone.level_of_theory or 'level of theory unknown'}; {elements_text(backbone.elements)}; "
+        f"{str(backbone.dtype).removeprefix('torch.')} on {backbone.device}"
+    )
+    if backbone.trust_note:
+        typer.echo(f"note: {backbone.trust_note}", err=True)
+
+
+def _report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> None:
+    """Keys, the report on the data as a table, and what is doubtful."""
+    from mmea_calc.preflight import preflight
+
+    from .console import out, say, table
+
+    report = preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
+    out().print(table(["Data", *report.columns[1:]], report.rows))
+    for note in report.notes:
+        say(f"note: {note}")
+    for warning in report.warnings:
+        say(f"warning: {warning}", style="yellow")
+
+
+def _count(backbone: Backbone, settings: Settings) -> None:
+    """What will train. Attached only to be counted: an adapter that comes off leaves its network as it was."""
+    from mmea_calc.adapted import attach
+
+    from .console import say
+
+    adapter = attach(backbone.network, settings.adapter)
+    total, counts = adapter.n_parameters, adapter.counts()
+    adapter.detach()
+    kinds = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items())
+    say(f"Method {settings.adapter.method} trains {total:,} parameters: {kinds}")
+
+
+def _conclude(result: FinetuneResult) -> None:
+    """Errors before and after, where the files are; a failure if training did not help."""
+    from mmea_calc.errors import TrainingError
+
+    from .console import out, say, table
+    from .progress import duration
+
+    rows = [
+        (
+            name,
+            label,
+            errors[name].energy_mae_meV,
+            errors[name].energy_mae_meV_per_atom,
+            errors[name].forces_mae_meV_per_A,
+        )
+        for name in result.zero_shot
+        for label, errors in (("backbone alone", result.zero_shot), ("fine-tuned", result.fine_tuned))
+    ]
+    columns = ["MAE", "", "energy (meV)", "energy (meV/atom)", "forces (meV/Å)"]
+    out().print(table(columns, rows))
+    size = result.path.stat().st_size / 1000
+    say(
+        f"{result.path} ({size:.0f} kB) holds the weights of epoch {result.best_epoch}, the best on validation; "
+        f"trained in {duration(result.seconds)}; the log, settings and plots are in {result.run_dir}"
+    )
+    if not result.improved:
+        raise TrainingError(
+            "the fine-tuned weights are no better on the validation set than the backbone alone: train longer, lower "
+            "--lr, or look at the warnings on the data and the reference energies"
+        )

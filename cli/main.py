@@ -1,0 +1,81 @@
+"""The `mmea` command: its subcommands, its version and its exit codes.
+
+Exit codes: 0; 1 for a failure that one line explains; 2 for wrong usage; 130 when interrupted.
+Nothing heavy is imported here or at the top of a subcommand's file, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mmea_calc.errors import MMEAError
+
+from .backbone import app as backbone_app
+from .evaluate import evaluate
+from .finetune import finetune
+from .info import info
+
+INTERRUPTED = 130
+
+
+class ExplainedErrors(TyperGroup):
+    """A group of commands that turns the errors a user can cause into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MMEAError as error:
+            message, code = str(error), 1
+        except OSError as error:
+            if error.filename is None or isinstance(error, BrokenPipeError):
+                raise
+            message, code = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}", 1
+        except KeyboardInterrupt:
+            message, code = "interrupted", INTERRUPTED
+        typer.echo("mmea: " + " ".join(message.split()), err=True)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="mmea",
+    cls=ExplainedErrors,
+    help="Fine-tune equivariant interatomic potentials with small adapter files, and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback that does reach a user is a bug: the plain one is what a report needs.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(finetune)
+app.command()(evaluate)
+app.command()(info)
+app.add_typer(backbone_app, name="backbone")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mmea {version('mmea')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune equivariant interatomic potentials with small adapter files, and run them."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="mmea")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Which value a setting has: a flag, else the --config file, else the recipe, else the default in `mmea_calc.config`.
+
+No default is written down here. An option that was not given is None and is left to the next source.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from mmea_calc.config import AdapterConfig, TrainConfig
+
+CONFIG_HINT = "'--config'"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The outcome: settings of the adapter and of the training, and the options that are neither."""
+
+    adapter: AdapterConfig
+    training: TrainConfig
+    options: dict[str, Any]
+
+
+def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mapping[str, Any]) -> Settings:
+    """Merge the sources.
+
+    Args:
+        flags: option name with underscores -> value; None for an option that was not given.
+        config: YAML file with option names as keys, and any other field of AdapterConfig and TrainConfig.
+        other_options: options of the command that are no field of either class, with their types.
+
+    Raises:
+        typer.BadParameter: an unknown key, recipe, or a value of the wrong type in the file.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    written = read_config(config, other_options) if config is not None else {}
+    recipe = _recipe(given.get("recipe", written.get("recipe")))
+    merged = {**recipe, **written, **given}
+    return Settings(
+        adapter=AdapterConfig(**_fields_of(AdapterConfig, merged)),
+        training=TrainConfig(**_fields_of(TrainConfig, merged)),
+        options={name: merged.get(name) for name in other_options},
+    )
+
+
+def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a YAML file, checked against the types of the fields.
+
+    Raises:
+        typer.BadParameter: the file is no mapping, or has an unknown key or a value of the wrong type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} is not YAML: {error}", param_hint=CONFIG_HINT) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise typer.BadParameter(
+            f"{path} must be a mapping of option names to values, got {type(content).__name__}", param_hint=CONFIG_HINT
+        )
+    types_of = {**_field_types(), **{name: wanted | None for name, wanted in other_options.items()}}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).removeprefix("--").replace("-", "_")
+        if name == "no_saturate":
+            name, value = "saturate", not coerce(name, value, bool, path)
+        if name not in types_of:
+            options = ", ".join(sorted(types_of)).replace("_", "-")
+            raise typer.BadParameter(f"{path} has the unknown key '{key}'; known: {options}", param_hint=CONFIG_HINT)
+        values[name] = coerce(name, value, types_of[name], path)
+    return values
+
+
+def coerce(name: str, value: Any, wanted: Any, source: object) -> Any:
+    """`value` as the type that the setting has; YAML reads 1e-3 as text, and this makes it the number it is.
+
+    Raises:
+        typer.BadParameter: it cannot be one.
+    """
+    options = _alternatives(wanted)
+    for option in options:
+        try:
+            return _as(option, value)
+        except (TypeError, ValueError):
+            continue
+    expected = " or ".join(_describe(option) for option in options)
+    raise typer.BadParameter(f"{source}: {name} must be {expected}, got {value!r}", param_hint=CONFIG_HINT)
+
+
+def _recipe(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    from mmea_calc.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise typer.BadParameter(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}", param_hint="'--recipe'")
+    return dict(RECIPES[name])
+
+
+def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+
+
+def _field_types() -> dict[str, Any]:
+    return {**typing.get_type_hints(TrainConfig), **typing.get_type_hints(AdapterConfig)}
+
+
+def _alternatives(wanted: Any) -> tuple[Any, ...]:
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return typing.get_args(wanted)
+    return (wanted,)
+
+
+def _as(wanted: Any, value: Any) -> Any:
+    """`value` as `wanted`, by the rules a person expects: no number from a truth value, no 1.5 for an integer."""
+    if typing.get_origin(wanted) is Literal:
+        if value in typing.get_args(wanted):
+            return value
+        raise ValueError(value)
+    if typing.get_origin(wanted) is tuple:
+        return tuple(str(v) for v in ([value] if isinstance(value, str) else value))
+    if wanted is type(None):
+        if value is None:
+            return None
+        raise ValueError(value)
+    if wanted is bool or isinstance(value, bool):
+        if wanted is bool and isinstance(value, bool):
+            return value
+        raise ValueError(value)
+    if wanted is int and float(value) == int(float(value)):
+        return int(float(value))
+    if wanted is float:
+        return float(value)
+    if wanted is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(wanted, type) and wanted in (str, dict) and isinstance(value, wanted):
+        return value
+    raise ValueError(value)
+
+
+def _describe(wanted: Any) -> str:
+    if typing.get_origin(wanted) is Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(wanted))
+    if typing.get_origin(wanted) is tuple:
+        return "a list of text"
+    names = {
+        float: "a number",
+        int: "an integer",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        dict: "a mapping",
+        type(None): "null",
+    }
+    return names.get(wanted, str(wanted))

@@ -1,0 +1,408 @@
+"""Attach an adapter to a frozen network, switch it, take it off again.
+
+    adapter = attach(network, AdapterConfig(method="mmea"))
+    network(batch)                    # adapted
+    with adapter.disabled():
+        network(batch)                # the backbone, bit for bit
+    adapter.detach()
+
+Gates are forward hooks on the network's own `o3.Linear` layers; weight updates are parametrizations
+(`torch.nn.utils.parametrize`). Both live inside the given network and nowhere else, move with it (`.to`), and
+leave nothing behind when detached.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from ._e3nn import o3
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .config import AdapterConfig
+from .errors import AdapterError
+from .gates import MagnitudeGate, reason_not_gatable
+from .methods import METHODS, Method, Site, find_sites, method_named
+from .updates import Update
+
+_GATE = "magnitude_gate"  # name of the submodule that a gated linear layer carries
+
+# network -> its adapter, so that a second one is refused; weak, so that it keeps nothing alive
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class TrainableTensor:
+    """One trained tensor: where it is, what it is, and for which order l.
+
+    Attributes:
+        module: path of the adapted module.
+        part: "gate.down", "gate.shift", "gate.gain", "low rank", "dense".
+        order: the order l that it acts on, "0", ">=1" or "all".
+        count: number of entries.
+    """
+
+    module: str
+    part: str
+    order: str
+    count: int
+
+
+def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
+    """Attach a new adapter to `network` and freeze the network's own parameters.
+
+    With the default `init_std=0` the adapted network equals its backbone exactly.
+
+    Args:
+        network: any network made of `o3.Linear`, `o3.FullyConnectedTensorProduct`, `e3nn.nn.FullyConnectedNet`
+            and mace's symmetric contraction; other modules stay as they are.
+        config: what to attach.
+
+    Returns:
+        The handle of what was attached.
+
+    Raises:
+        AdapterError: an unknown method, an unusable setting, a network that is scripted or has an adapter already,
+            or no module to adapt. Nothing has been changed then.
+    """
+    config = config or AdapterConfig()
+    method = _checked(network, config)
+    wanted = _selector(method, config)
+    sites = [s for s in find_sites(network) if s.kind in method.updates and wanted(s.name)]
+    gated, skipped = _gated_layers(network, wanted) if method.gates else ({}, {})
+    if not sites and not gated:
+        reasons = "".join(f"; {name or 'the network itself'}: {reason}" for name, reason in skipped.items())
+        targets = f" matching {list(config.targets)}" if config.targets else ""
+        raise AdapterError(f"method {config.method!r} finds no module to adapt{targets}{reasons}")
+
+    generator = torch.Generator().manual_seed(config.seed)
+    updates = {s.path: method.updates[s.kind](s, config, generator) for s in sites}
+    gates = {
+        name: MagnitudeGate(
+            linear,
+            rank=config.gate_rank,
+            phi=config.phi,
+            saturate=config.saturate,
+            init_std=config.init_std,
+            generator=generator,
+        )
+        for name, linear in gated.items()
+    }
+    return Adapter(network, config, gates, {s.path: s for s in sites}, updates, skipped)
+
+
+def _checked(network: nn.Module, config: AdapterConfig) -> Method:
+    method = method_named(config.method)
+    if config.gate_rank < 1 or config.low_rank < 1:
+        raise AdapterError(f"ranks must be at least 1, got gate_rank={config.gate_rank}, low_rank={config.low_rank}")
+    if config.phi not in ("exp", "residual"):
+        raise AdapterError(f"phi must be 'exp' or 'residual', got {config.phi!r}")
+    if config.init_std < 0:
+        raise AdapterError(f"init_std must not be negative, got {config.init_std}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in (network, *network.children())):
+        raise AdapterError("a scripted (TorchScript) network cannot be adapted: load the eager network instead")
+    if network in _ATTACHED or any(parametrize.is_parametrized(m) for m in network.modules()):
+        raise AdapterError("this network has an adapter (or another parametrization) already: detach it first")
+    return method
+
+
+def _selector(method: Method, config: AdapterConfig) -> Any:
+    def wanted(name: str) -> bool:
+        return all(
+            any(fnmatchcase(name, p) for p in patterns) for patterns in (method.only, config.targets) if patterns
+        )
+
+    return wanted
+
+
+def _gated_layers(network: nn.Module, wanted: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    gated, skipped = {}, {}
+    for name, module in network.named_modules():
+        if isinstance(module, o3.Linear) and wanted(name):
+            if reason := reason_not_gatable(module):
+                skipped[name] = reason
+            else:
+                gated[name] = module
+    return gated, skipped
+
+
+class Adapter:
+    """The handle of an attached adapter; made by `attach`.
+
+    Attributes:
+        network: the adapted network.
+        config: the settings it was made with.
+        gates: module path -> gate.
+        updates: tensor path -> weight update.
+        skipped: linear layers that carry no gate, with the reason.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        config: AdapterConfig,
+        gates: dict[str, MagnitudeGate],
+        sites: dict[str, Site],
+        updates: dict[str, Update],
+        skipped: dict[str, str],
+    ) -> None:
+        self.network, self.config = network, config
+        self.gates, self.updates, self.skipped = gates, updates, skipped
+        self._sites = sites
+        self._enabled, self._attached = True, True
+        self._originals: dict[str, Tensor] = {}  # while merged: path -> the backbone's own tensor
+        self._merged: dict[str, Tensor] = {}
+        self._orders = {path: _names_in_order(site.module) for path, site in sites.items()}
+        self._frozen_before = {id(p): (p, p.requires_grad) for p in network.parameters()}
+        for parameter, _ in self._frozen_before.values():
+            parameter.requires_grad_(False)
+        self._hooks = []
+        for name, gate in gates.items():
+            linear = network.get_submodule(name)
+            linear.add_module(_GATE, gate)
+            self._hooks.append(linear.register_forward_hook(_apply_gate))
+        self._parametrize()
+        _ATTACHED[network] = self
+
+    # -- what trains ---------------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained tensors, by the names they have in an adapter file."""
+        for name, gate in self.gates.items():
+            for key, parameter in gate.named_parameters():
+                yield f"gates.{name}.{key}", parameter
+        for path, update in self.updates.items():
+            for key, parameter in update.named_parameters():
+                yield f"updates.{path}.{key}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of trained entries."""
+        return sum(p.numel() for p in self.parameters())
+
+    def trainable(self) -> list[TrainableTensor]:
+        """What trains, module by module."""
+        rows = []
+        for name, gate in self.gates.items():
+            for part, order in (("down", "all"), ("shift", "0"), ("gain", ">=1")):
+                layer = getattr(gate, part)
+                if layer is not None:
+                    rows.append(TrainableTensor(name, f"gate.{part}", order, sum(p.numel() for p in layer.parameters())))
+        for path, update in self.updates.items():
+            part = "low rank" if type(update).__name__ == "LowRank" else "dense"
+            rows.append(TrainableTensor(path, part, "all", sum(p.numel() for p in update.parameters())))
+        return rows
+
+    def counts(self) -> dict[str, int]:
+        """Trained entries by kind of site: "gates", "tensor_product", "radial_layer", ..."""
+        total: Counter[str] = Counter()
+        total["gates"] += sum(p.numel() for g in self.gates.values() for p in g.parameters())
+        for path, update in self.updates.items():
+            total[self._sites[path].kind] += sum(p.numel() for p in update.parameters())
+        return {kind: count for kind, count in total.items() if count}
+
+    # -- on and off ----------------------------------------------------------------------------------------------
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the network is adapted at present."""
+        return self._enabled and self._attached
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._require_attached()
+        if self._merged:
+            for path, tensor in (self._merged if value else self._originals).items():
+                _put(self._sites[path], tensor)
+        self._switch(value)
+
+    def _switch(self, value: bool) -> None:
+        self._enabled = value
+        for update in self.updates.values():
+            update.active = value
+        for gate in self.gates.values():
+            gate.active = value
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the network is its backbone, bit for bit."""
+        before = self.enabled
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def detach(self) -> None:
+        """Take the adapter off: the network is what it was before `attach`, in every bit and every name."""
+        if not self._attached:
+            return
+        self.unmerge()
+        self._unparametrize()
+        for hook in self._hooks:
+            hook.remove()
+        for name in self.gates:
+            delattr(self.network.get_submodule(name), _GATE)
+        for parameter, requires_grad in self._frozen_before.values():
+            parameter.requires_grad_(requires_grad)
+        del _ATTACHED[self.network]
+        self._attached = False
+
+    # -- folding -------------------------------------------------------------------------------------------------
+
+    @property
+    def foldable(self) -> bool:
+        """Whether all of the adapter is a change of weights, so that `merge` leaves nothing to compute."""
+        return not self.gates
+
+    def merge(self) -> list[str]:
+        """Write the weight updates into the weights, for inference; gates depend on their input and stay.
+
+        The adapter can still be switched off and detached without loss: the backbone's own tensors are kept.
+
+        Returns:
+            Paths of the folded tensors.
+        """
+        self._require_attached()
+        if self.updates and not self._merged:
+            with torch.no_grad():
+                for update in self.updates.values():
+                    update.active = True
+                merged = {path: site.value.detach().clone() for path, site in self._sites.items()}
+            self._unparametrize()
+            self._originals = {path: site.value for path, site in self._sites.items()}
+            self._merged = {
+                path: nn.Parameter(value, requires_grad=False)
+                if isinstance(self._originals[path], nn.Parameter)
+                else value
+                for path, value in merged.items()
+            }
+            self.enabled = self._enabled
+        return list(self._merged)
+
+    def unmerge(self) -> None:
+        """Undo `merge`: the updates can be trained again."""
+        if self._merged:
+            for path, tensor in self._originals.items():
+                _put(self._sites[path], tensor)
+            self._merged, self._originals = {}, {}
+            self._parametrize()
+            self._switch(self._enabled)
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that makes this adapter: trained tensors and, once recorded, every gate's range (copies)."""
+        state = {name: p.detach().clone() for name, p in self.named_parameters()}
+        for name, gate in self.gates.items():
+            if gate.calibrated:
+                state[f"ranges.{name}.low"] = gate.z_low.clone()
+                state[f"ranges.{name}.high"] = gate.z_high.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values of `state`; the inverse of `state_dict`.
+
+        Raises:
+            AdapterError: missing, unexpected or misshapen tensors. Nothing has been changed then.
+        """
+        own = dict(self.named_parameters())
+        ranges = {f"ranges.{n}.{end}": getattr(g, f"z_{end}") for n, g in self.gates.items() for end in ("low", "high")}
+        expected = {**own, **(ranges if any(k.startswith("ranges.") for k in state) else {})}
+        _check_state(expected, state)
+        merged = bool(self._merged)
+        self.unmerge()
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+        for name, gate in self.gates.items():
+            infinite = torch.full_like(gate.z_low, torch.inf)
+            gate.set_range(
+                state.get(f"ranges.{name}.low", -infinite).to(gate.z_low),
+                state.get(f"ranges.{name}.high", infinite).to(gate.z_high),
+            )
+        if merged:
+            self.merge()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Run the training set through the network within this context: every gate keeps the range it sees."""
+        for gate in self.gates.values():
+            gate.start_recording()
+        try:
+            yield
+        finally:
+            for gate in self.gates.values():
+                gate.stop_recording()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise AdapterError("this adapter has been detached from its network: attach a new one")
+
+    def _parametrize(self) -> None:
+        for path, site in self._sites.items():
+            parametrize.register_parametrization(site.module, site.tensor, self.updates[path])
+
+    def _unparametrize(self) -> None:
+        for path, site in self._sites.items():
+            parametrize.remove_parametrizations(site.module, site.tensor, leave_parametrized=False)
+        for path, site in self._sites.items():
+            _restore_order(site.module, self._orders[path])
+
+    def __repr__(self) -> str:
+        return (
+            f"Adapter(method={self.config.method!r}, {self.n_parameters} parameters, {len(self.gates)} gates, "
+            f"{len(self.updates)} updates, enabled={self.enabled})"
+        )
+
+
+def _apply_gate(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    gate = getattr(linear, _GATE)
+    return gate(inputs[0], output) if gate.active else output
+
+
+def _put(site: Site, tensor: Tensor) -> None:
+    """Make `tensor` the site's parameter or buffer, in its old place."""
+    where = site.module._parameters if site.tensor in site.module._parameters else site.module._buffers
+    where[site.tensor] = tensor
+
+
+def _names_in_order(module: nn.Module) -> tuple[list[str], list[str]]:
+    return list(module._parameters), list(module._buffers)
+
+
+def _restore_order(module: nn.Module, order: tuple[list[str], list[str]]) -> None:
+    # torch puts a tensor that was parametrized back at the end; the order of a state_dict should not change.
+    for names, where in zip(order, (module._parameters, module._buffers), strict=True):
+        for name in names:
+            where[name] = where.pop(name)
+
+
+def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
+
+    if missing := sorted(set(expected) - set(state)):
+        raise AdapterError(f"these tensors of the adapter are missing: {some(missing)}")
+    if unexpected := sorted(set(state) - set(expected)):
+        raise AdapterError(f"these tensors do not belong to this adapter: {some(unexpected)}")
+    for name, tensor in expected.items():
+        if tuple(state[name].shape) != tuple(tensor.shape):
+            raise AdapterError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
+    if bad := sorted(n for n in expected if not n.startswith("ranges.") and not torch.isfinite(state[n]).all()):
+        raise AdapterError(f"these tensors hold values that are not finite: {some(bad)}")
+
+
+__all__ = ["METHODS", "Adapter", "TrainableTensor", "attach"]

@@ -1,0 +1,117 @@
+"""Settings of the library. Every default lives here, once.
+
+Units are in the names: eV, A (angstrom), fs, K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+DEFAULT_BACKBONE = "mmea-organic-s"
+
+Device = str
+Precision = Literal["float32", "float64"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is attached to a network, and how it starts.
+
+    Attributes:
+        method: a name in `mmea_calc.methods.METHODS`.
+        gate_rank: width r of a gate's bottleneck (arXiv 2511.06696, eq. 3).
+        low_rank: rank r of the low-rank weight updates.
+        alpha: scale of the low-rank updates, W + (alpha / r) A B.
+        phi: gain of orders l >= 1: "exp" is exp(g), "residual" is 1 + g.
+        init_std: standard deviation of W_0 at the start; 0 makes the adapted network equal its backbone exactly.
+        saturate: level gates off outside the range seen in training; False is the published, unbounded gate.
+        targets: shell-style patterns of module names to adapt; None adapts all that the method knows.
+        seed: seed of the initial values.
+    """
+
+    method: str = "mmea"
+    gate_rank: int = 16
+    low_rank: int = 16
+    alpha: float = 16.0
+    phi: Literal["exp", "residual"] = "exp"
+    init_std: float = 0.0
+    saturate: bool = True
+    targets: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an adapter is trained. Energies in eV, lengths in A.
+
+    The defaults are the default recipe; `mmea_calc.recipes.RECIPES` holds the named alternatives.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: structures per optimisation step.
+        lr: largest learning rate.
+        schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "plateau" multiplies it
+            by `plateau_factor` after `plateau_patience` epochs without a better validation loss.
+        warmup_steps: steps of linear warm-up (cosine schedule).
+        plateau_factor, plateau_patience: of the plateau schedule.
+        energy_weight: weight of the squared error of the energy per atom, (eV/atom)^2.
+        forces_weight: weight of the mean squared error of the forces, (eV/A)^2.
+        stress_weight: weight of the mean squared error of the stress, (eV/A^3)^2.
+        loss: "mse", or "huber" with `huber_delta`.
+        huber_delta: where the Huber loss turns linear, eV/atom and eV/A.
+        stage_two_start: fraction of the epochs after which the second stage begins; None for one stage.
+        stage_two_lr, stage_two_energy_weight, stage_two_forces_weight: of the second stage.
+        ema_decay: decay of the exponential moving average of the weights; 0 switches it off.
+        clip_norm: largest norm of the gradient.
+        weight_decay: decoupled weight decay.
+        amsgrad: use the AMSGrad variant of Adam.
+        seed: seed of splits, shuffling and initial values.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: precision of the network.
+        valid_fraction: part of the training structures set aside for validation where no other set is given.
+        validate_every: epochs between validations; 0 chooses about 100 validations in a run.
+    """
+
+    epochs: int = 200
+    batch_size: int = 5
+    lr: float = 0.01
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    warmup_steps: int = 20
+    plateau_factor: float = 0.8
+    plateau_patience: int = 5
+    energy_weight: float = 1.0
+    forces_weight: float = 100.0
+    stress_weight: float = 0.0
+    loss: Literal["mse", "huber"] = "mse"
+    huber_delta: float = 0.01
+    stage_two_start: float | None = None
+    stage_two_lr: float = 0.001
+    stage_two_energy_weight: float = 1000.0
+    stage_two_forces_weight: float = 100.0
+    ema_decay: float = 0.99
+    clip_norm: float = 10.0
+    weight_decay: float = 0.0
+    amsgrad: bool = True
+    seed: int = 0
+    device: Device = "auto"
+    dtype: Precision = "float32"
+    valid_fraction: float = 0.1
+    validate_every: int = 0
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain, JSON-ready values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: a name that `cls` does not have.
+    """
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown settings {unknown}; {cls.__name__} knows {sorted(known)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,30 @@
+"""The errors that a user can cause; the command line prints them as one line and exits with 1.
+
+Every message says what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MMEAError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class AdapterError(MMEAError):
+    """An adapter cannot be attached to this network, or its tensors do not fit."""
+
+
+class AdapterFileError(MMEAError):
+    """An adapter file is damaged, too new, or belongs to another backbone."""
+
+
+class BackboneError(MMEAError):
+    """A backbone is unknown, cannot be read, or lacks what was asked for."""
+
+
+class DataError(MMEAError):
+    """Structures or labels cannot be used."""
+
+
+class TrainingError(MMEAError):
+    """Training cannot start, or had to stop."""

@@ -1,0 +1,313 @@
+"""`finetune`: from labelled structures and a backbone to an adapter file.
+
+    read and check -> reference energies -> attach -> zero-shot errors -> train -> record gate ranges -> errors -> write
+
+The run folder holds all that a run was: `config.json` (resolved settings), `data.json` (report on the data and the
+split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity.png`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .adapted import Adapter, attach
+from .adapter_file import AdapterFile, write_adapter
+from .backbone import Backbone, load_backbone
+from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
+from .data import split
+from .dataset import Dataset
+from .errors import TrainingError
+from .potential import Potential
+from .preflight import PreflightReport, preflight
+from .reference_energies import ReferenceEnergies, resolve_reference_energies
+from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer, measure
+
+PACKAGES = ("mmea", "torch", "mace-torch", "e3nn", "ase", "matscipy", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came of a run.
+
+    Attributes:
+        path: the adapter file.
+        run_dir: the run folder.
+        adapter: what was written.
+        zero_shot, fine_tuned: "valid" and, if there was one, "test" -> errors, before and after.
+        best_epoch: whose averaged weights were written.
+        seconds: of training.
+        improved: whether the fine-tuned validation error is below the backbone's: of the forces, or of the energies
+            where there are no forces.
+    """
+
+    path: Path
+    run_dir: Path
+    adapter: AdapterFile
+    zero_shot: dict[str, Errors]
+    fine_tuned: dict[str, Errors]
+    best_epoch: int
+    seconds: float
+    improved: bool
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is CUDA where there is one, else the CPU; anything else stays."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def finetune(
+    train: Dataset,
+    output: str | Path,
+    *,
+    valid: Dataset | None = None,
+    test: Dataset | None = None,
+    backbone: str | Path | Backbone = DEFAULT_BACKBONE,
+    head: str | None = None,
+    adapter: AdapterConfig | None = None,
+    training: TrainConfig | None = None,
+    E0s: str | Mapping[Any, float] | Path | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = lambda event: None,
+) -> FinetuneResult:
+    """Train an adapter on labelled structures and write it.
+
+    Args:
+        train: structures to train on; without `valid`, a part of them (`TrainConfig.valid_fraction`) is set aside.
+        output: the adapter file.
+        valid: structures that choose the best weights.
+        test: structures that are only measured, before and after.
+        backbone: name, path, or a loaded backbone (which is then taken over).
+        head: head of the backbone.
+        adapter: what is attached.
+        training: how it is trained.
+        E0s: see `resolve_reference_energies`.
+        run_dir: run folder; the output's name with `.run` if not given.
+        resume: go on from the run folder's checkpoint.
+        progress: told what happens.
+
+    Raises:
+        DataError, BackboneError, AdapterError: before anything is written.
+        TrainingError: the loss is no longer a number (the best adapter so far is written), or a checkpoint that
+            does not fit.
+    """
+    adapter, training = adapter or AdapterConfig(), training or TrainConfig()
+    _check_settings(training)
+    output = Path(output)
+    run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
+    if not isinstance(backbone, Backbone):
+        device = resolve_device(training.device)
+        backbone = load_backbone(backbone, head=head, device=device, dtype=training.dtype)
+    report = preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
+    if valid is None:
+        train, valid = split(train, training.valid_fraction, training.seed)
+    potential = Potential(backbone)
+    sets = {"train": Samples(train, potential), "valid": Samples(valid, potential)}
+    if test is not None:
+        sets["test"] = Samples(test, potential)
+    energies = _reference_energies(E0s, train, sets["train"], potential)
+    potential.reference_energies = energies.energies
+    handle = attach(backbone.network, adapter)
+    run = _Run(output, run_dir, potential, handle, training, sets, train, valid, energies, report)
+    return run.go(resume, progress)
+
+
+def _check_settings(training: TrainConfig) -> None:
+    for name, least in (("epochs", 1), ("batch_size", 1), ("lr", 1e-12), ("clip_norm", 1e-12)):
+        if getattr(training, name) < least:
+            raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
+    if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
+        raise TrainingError("the weights of the loss must not be negative")
+    if not 0 <= training.ema_decay < 1:
+        raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
+
+
+def _reference_energies(spec: Any, train: Dataset, samples: Samples, potential: Potential) -> ReferenceEnergies:
+    """Choose E0s, with what the bare backbone predicts for the training structures."""
+    own = potential.backbone.atomic_energies
+    totals, _ = potential.predict_graphs(samples.graphs, forces=False)
+    reference = [sum(own[int(z)] for z in s.atoms.numbers) for s in train.structures]
+    return resolve_reference_energies(spec, train, potential.backbone, totals.numpy() - np.array(reference))
+
+
+class _Run:
+    """One run, from an attached adapter to its file."""
+
+    def __init__(
+        self,
+        output: Path,
+        run_dir: Path,
+        potential: Potential,
+        handle: Adapter,
+        training: TrainConfig,
+        sets: dict[str, Samples],
+        train: Dataset,
+        valid: Dataset,
+        energies: ReferenceEnergies,
+        report: PreflightReport,
+    ) -> None:
+        self.output, self.run_dir = output, run_dir
+        self.potential, self.handle, self.training, self.sets = potential, handle, training, sets
+        self.train, self.valid, self.energies, self.report = train, valid, energies, report
+
+    def go(self, resume: bool, progress: Progress) -> FinetuneResult:
+        checkpoint = self.run_dir / "checkpoint.pt"
+        trainer = Trainer(
+            self.potential,
+            self.handle,
+            self.sets["train"],
+            self.sets["valid"],
+            self.training,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        with self.handle.disabled():
+            zero_shot = self._errors()
+        if resume:
+            found = trainer.restore()
+            text = f"resuming after epoch {trainer.epoch}" if found else f"no checkpoint in {self.run_dir}: from the start"
+            progress(ProgressEvent(message=text))
+        self._write_settings()
+        try:
+            trainer.run()
+        except TrainingError as problem:
+            self._write_log(trainer)
+            if trainer.best is not None:
+                self._finish(trainer, zero_shot)
+                raise TrainingError(f"{problem}. The best adapter so far is in {self.output}") from None
+            raise
+        return self._finish(trainer, zero_shot)
+
+    def _finish(self, trainer: Trainer, zero_shot: dict[str, Errors]) -> FinetuneResult:
+        trainer.use_best()
+        with self.handle.recording():
+            self.potential.predict_graphs(self.sets["train"].graphs, forces=False)
+        fine_tuned = self._errors()
+        file = self._adapter_file(trainer, zero_shot, fine_tuned)
+        self._write_log(trainer)
+        self._draw(trainer)
+        write_adapter(self.output, file)
+        before, after = zero_shot["valid"], fine_tuned["valid"]
+        key = "energy_mae_meV" if np.isnan(before.forces_mae_meV_per_A) else "forces_mae_meV_per_A"
+        return FinetuneResult(
+            path=self.output,
+            run_dir=self.run_dir,
+            adapter=file,
+            zero_shot=zero_shot,
+            fine_tuned=fine_tuned,
+            best_epoch=trainer.best.epoch if trainer.best else 0,
+            seconds=trainer.seconds,
+            improved=bool(getattr(after, key) < getattr(before, key)),
+        )
+
+    def _errors(self) -> dict[str, Errors]:
+        return {
+            name: measure(self.potential, samples, self.training)
+            for name, samples in self.sets.items()
+            if name != "train"
+        }
+
+    def _adapter_file(
+        self, trainer: Trainer, zero_shot: dict[str, Errors], fine_tuned: dict[str, Errors]
+    ) -> AdapterFile:
+        backbone = self.potential.backbone
+        used = {z: self.energies.energies[z] for z in self.train.elements}
+        return AdapterFile(
+            config=self.handle.config,
+            tensors=self.handle.state_dict(),
+            backbone=backbone.name,
+            fingerprint=backbone.fingerprint,
+            head=backbone.head,
+            elements=self.train.elements,
+            reference_energies=used,
+            reference_energies_method=self.energies.method,
+            data={
+                "train": {"name": self.train.name, "structures": len(self.train), "sha256": self.train.hash},
+                "valid": {"name": self.valid.name, "structures": len(self.valid), "sha256": self.valid.hash},
+                **self.report.to_dict()["sets"].get("train", {}),
+            },
+            training={**to_dict(self.training), "best_epoch": trainer.best.epoch if trainer.best else 0},
+            metrics={
+                "zero_shot": {k: v.to_dict() for k, v in zero_shot.items()},
+                "fine_tuned": {k: v.to_dict() for k, v in fine_tuned.items()},
+                "seconds": trainer.seconds,
+                "device": str(self.potential.device),
+            },
+            versions=versions(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    # -- the run folder ------------------------------------------------------------------------------------------
+
+    def _write_settings(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        backbone = self.potential.backbone
+        settings = {
+            "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "head": backbone.head},
+            "adapter": to_dict(self.handle.config),
+            "training": to_dict(self.training),
+            "reference_energies": {
+                "method": self.energies.method,
+                "note": self.energies.note,
+                "energies_eV": {str(z): self.energies.energies[z] for z in self.train.elements},
+                "residual_meV_per_atom": self.energies.residual_meV_per_atom,
+            },
+            "versions": versions(),
+        }
+        _write_text(self.run_dir / "config.json", json.dumps(settings, indent=1))
+        data = {
+            "report": self.report.to_dict(),
+            "split": {"train": self.train.indices, "valid": self.valid.indices, "seed": self.training.seed},
+        }
+        _write_text(self.run_dir / "data.json", json.dumps(data, indent=1, default=str))
+
+    def _write_log(self, trainer: Trainer) -> None:
+        if not trainer.log:
+            return
+        names = list(dict.fromkeys(key for row in trainer.log for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(trainer.log)
+        _write_text(self.run_dir / "log.csv", text.getvalue())
+
+    def _draw(self, trainer: Trainer) -> None:
+        from . import plots
+
+        plots.learning_curve(self.run_dir / "log.csv", self.run_dir / "learning_curve.png")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["FinetuneResult", "finetune", "resolve_device", "versions"]

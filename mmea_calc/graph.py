@@ -1,0 +1,208 @@
+"""Atoms -> neighbour list -> tensors for the network.
+
+Conventions (mace's): an edge runs from sender to receiver, its vector is
+positions[receiver] - positions[sender] + unit_shifts @ cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+from matscipy.neighbours import neighbour_list
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import DataError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One structure with its neighbour list; lengths in A.
+
+    Attributes:
+        numbers: atomic numbers, (n_atoms,).
+        positions: (n_atoms, 3), moved to where single precision serves them best: a molecule about the origin,
+            a crystal into its cell.
+        cell: (3, 3), rows are lattice vectors; where the structure has none, a stand-in that is never crossed.
+        pbc: (3,).
+        edge_index: (2, n_edges), senders and receivers.
+        unit_shifts: (n_edges, 3), lattice vectors crossed.
+    """
+
+    numbers: IntArray
+    positions: FloatArray
+    cell: FloatArray
+    pbc: NDArray[np.bool_]
+    edge_index: IntArray
+    unit_shifts: FloatArray
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.numbers)
+
+
+def build_graph(atoms: Atoms, r_max: float) -> Graph:
+    """Neighbour list of a structure within `r_max` (A).
+
+    Raises:
+        DataError: no atoms, positions or cell that are not finite, or a periodic direction without a lattice vector.
+    """
+    numbers = atoms.numbers.astype(np.int64)
+    positions = np.array(atoms.positions, dtype=np.float64)
+    cell, pbc = np.array(atoms.cell.array, dtype=np.float64), np.array(atoms.pbc, dtype=bool)
+    if len(numbers) == 0:
+        raise DataError("the structure has no atoms; expected at least one")
+    if not np.isfinite(positions).all():
+        bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+        raise DataError(f"positions must be finite, got NaN or infinity for atom {bad[0]} ({len(bad)} atoms in all)")
+    if not np.isfinite(cell).all():
+        raise DataError("the cell must be finite, got NaN or infinity")
+    given, cell = cell, _complete(cell, pbc)
+    if pbc.any():
+        fractional = positions @ np.linalg.inv(cell)
+        positions = positions - np.where(pbc, np.floor(fractional), 0.0) @ cell
+    if not pbc.all():
+        # mace-torch sizes the box of a molecule by its distance from the origin; here that distance is taken away.
+        # Along periodic directions the atoms stay in their cell.
+        middle = (positions @ np.linalg.inv(cell)).mean(axis=0)
+        positions = positions - np.where(pbc, 0.0, middle) @ cell
+    first, second, shifts = _neighbours(positions, cell, pbc, r_max)
+    # The volume of a slab's own cell, vacuum included, is what its stress refers to.
+    kept = given if abs(np.linalg.det(given)) > 1e-8 else cell
+    return Graph(numbers, positions, kept, pbc, np.stack([first, second]), shifts)
+
+
+def _neighbours(
+    positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], r_max: float
+) -> tuple[IntArray, IntArray, FloatArray]:
+    if not pbc.any() and len(positions) <= 64:
+        # All pairs at once beat a cell list up to some tens of atoms.
+        distance2 = ((positions[:, None] - positions[None]) ** 2).sum(-1)
+        np.fill_diagonal(distance2, np.inf)
+        first, second = np.nonzero(distance2 < r_max * r_max)
+        return first, second, np.zeros((len(first), 3))
+    box = cell
+    if not pbc.all():
+        # Directions that are not periodic: the cell list needs a box around the atoms, larger than the cutoff.
+        extent = (positions @ np.linalg.inv(cell)).T
+        lengths = np.where(pbc, 1.0, extent.max(axis=1) - extent.min(axis=1) + 2 * r_max + 1.0)
+        box = cell * lengths[:, None]
+        corner = np.where(pbc, 0.0, extent.min(axis=1)) @ cell
+        positions = positions - corner + np.where(pbc, 0.0, r_max / lengths) @ box
+    first, second, shifts = neighbour_list("ijS", positions=positions, cell=box, pbc=pbc, cutoff=float(r_max))
+    return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.float64)
+
+
+def _complete(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
+    """The cell with unit vectors, normal to the periodic ones, along directions that are not periodic."""
+    lengths = np.linalg.norm(cell, axis=1)
+    for axis in np.flatnonzero(pbc):
+        if lengths[axis] < 1e-8:
+            raise DataError(f"the structure is periodic along axis {axis}, but its lattice vector there is zero")
+    rows = [cell[i] for i in range(3) if pbc[i]]
+    full = cell.copy()
+    free = list(np.flatnonzero(~pbc))
+    if free:
+        basis = np.linalg.svd(np.array(rows))[2][len(rows) :] if rows else np.eye(3)
+        for axis, vector in zip(free, basis, strict=True):
+            full[axis] = vector
+    volume = abs(np.linalg.det(full))
+    if volume < 1e-8:
+        raise DataError("the lattice vectors of the periodic directions are linearly dependent; check the cell")
+    return full
+
+
+@dataclass
+class Batch:
+    """Several structures as one graph without edges between them.
+
+    Attributes:
+        tensors: what a mace network takes: positions (n_atoms, 3), node_attrs (n_atoms, n_elements), edge_index
+            (2, n_edges), shifts and unit_shifts (n_edges, 3), cell (3 * n_graphs, 3), batch (n_atoms,),
+            ptr (n_graphs + 1,), head (n_graphs,).
+        numbers: atomic numbers, (n_atoms,), on the device.
+        atoms_per_graph: (n_graphs,).
+    """
+
+    tensors: dict[str, Tensor]
+    numbers: Tensor
+    atoms_per_graph: Tensor
+
+    @property
+    def n_graphs(self) -> int:
+        return int(self.atoms_per_graph.shape[0])
+
+    @property
+    def n_atoms(self) -> int:
+        return int(self.numbers.shape[0])
+
+
+def collate(
+    graphs: Sequence[Graph],
+    elements: Sequence[int],
+    *,
+    head_index: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Put structures together for one call of the network.
+
+    Args:
+        graphs: the structures.
+        elements: atomic numbers the backbone knows, in the order of its one-hot encoding.
+        head_index: head of the backbone.
+        dtype: precision of the network.
+        device: where to.
+
+    Raises:
+        DataError: an element that the backbone lacks; nothing to put together.
+    """
+    if not graphs:
+        raise DataError("expected at least one structure, got none")
+    elements_array = np.asarray(elements)
+    numbers = np.concatenate([g.numbers for g in graphs])
+    index = np.searchsorted(elements_array, numbers, sorter=(sorter := np.argsort(elements_array)))
+    index = sorter[np.minimum(index, len(elements_array) - 1)]
+    if (elements_array[index] != numbers).any():
+        for i, graph in enumerate(graphs):
+            check_elements(graph.numbers, elements, f"structure {i}")
+    counts = np.array([g.n_atoms for g in graphs])
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    edges = np.concatenate([g.edge_index + o for g, o in zip(graphs, offsets[:-1], strict=True)], axis=1)
+
+    def to(array: np.ndarray, kind: torch.dtype) -> Tensor:
+        return torch.as_tensor(array).to(device=device, dtype=kind)
+
+    one_hot = np.zeros((len(numbers), len(elements_array)), dtype=np.float32)
+    one_hot[np.arange(len(numbers)), index] = 1.0
+    tensors = {
+        "positions": to(np.concatenate([g.positions for g in graphs]), dtype),
+        "node_attrs": to(one_hot, dtype),
+        "edge_index": to(edges, torch.int64),
+        "shifts": to(np.concatenate([g.unit_shifts @ g.cell for g in graphs]), dtype),
+        "unit_shifts": to(np.concatenate([g.unit_shifts for g in graphs]), dtype),
+        "cell": to(np.concatenate([g.cell for g in graphs]), dtype),
+        "batch": to(np.repeat(np.arange(len(graphs)), counts), torch.int64),
+        "ptr": to(offsets, torch.int64),
+        "head": to(np.full(len(graphs), head_index), torch.int64),
+    }
+    return Batch(tensors, to(numbers, torch.int64), to(counts, torch.int64))
+
+
+def check_elements(numbers: IntArray, elements: Sequence[int], where: str) -> None:
+    """Raise a DataError that names `where` and the first element the backbone lacks."""
+    for number in numbers:
+        if number not in elements:
+            known = ", ".join(chemical_symbols[z] for z in elements)
+            raise DataError(
+                f"{where} has {chemical_symbols[number]} ({number}); the backbone knows {known}: "
+                "choose another backbone"
+            )

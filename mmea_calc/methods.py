@@ -1,0 +1,189 @@
+"""The table of methods: what is attached to which kind of module.
+
+A network is read as a list of sites, a site being one tensor (or one layer, for gates) of a kind:
+
+| kind | where |
+|---|---|
+| `linear` | `e3nn.o3.Linear` |
+| `tensor_product` | `e3nn.o3.TensorProduct` with weights of its own, such as `FullyConnectedTensorProduct` |
+| `radial_layer` | layers of `e3nn.nn.FullyConnectedNet` |
+| `contraction_highest` | mace's symmetric contraction, highest correlation: (elements, paths, channels) |
+| `contraction_lower` | its lower correlations |
+| `radial_basis` | frequencies of mace's Bessel basis |
+| `other` | any other parameter; only methods that train everything look at it |
+
+A new method is one more line of `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
+from typing import Any, Literal
+
+import torch
+from ._e3nn import FullyConnectedNet, o3
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .errors import AdapterError
+from .mace_bridge import is_bessel, is_contraction, is_untrained
+from .updates import Block, Dense, LowRank, Update
+
+Kind = Literal[
+    "linear", "tensor_product", "radial_layer", "contraction_highest", "contraction_lower", "radial_basis", "other"
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of a network that a method may change.
+
+    Attributes:
+        name: path of the module in the network.
+        kind: see the module's table.
+        module: the module that owns the tensor.
+        tensor: attribute name of the tensor in `module`.
+        blocks: the matrices the tensor consists of, for low-rank updates.
+    """
+
+    name: str
+    kind: Kind
+    module: nn.Module = field(repr=False)
+    tensor: str
+    blocks: tuple[Block, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return f"{self.name}.{self.tensor}" if self.name else self.tensor
+
+    @property
+    def value(self) -> Tensor:
+        return getattr(self.module, self.tensor)
+
+
+UpdateFactory = Callable[[Site, AdapterConfig, torch.Generator], Update]
+
+
+def low_rank(site: Site, config: AdapterConfig, generator: torch.Generator) -> Update:
+    return LowRank(site.value, site.blocks, rank=config.low_rank, alpha=config.alpha, generator=generator)
+
+
+def dense(site: Site, config: AdapterConfig, generator: torch.Generator) -> Update:
+    return Dense(site.value)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method attaches.
+
+    Attributes:
+        summary: one line for users.
+        gates: put a magnitude gate on every `o3.Linear`.
+        updates: kind of site -> update; kinds that are absent stay frozen.
+        only: shell-style patterns of module names that the method is restricted to by nature.
+    """
+
+    summary: str
+    gates: bool = False
+    updates: Mapping[str, UpdateFactory] = field(default_factory=dict)
+    only: tuple[str, ...] = ("*",)
+
+
+# What MMEA and ELoRA share: everything that is no o3.Linear (arXiv 2511.06696).
+_BESIDE_LINEARS: dict[str, UpdateFactory] = {
+    "tensor_product": low_rank,
+    "radial_layer": low_rank,
+    "contraction_highest": low_rank,
+    "contraction_lower": dense,
+    "radial_basis": dense,
+}
+_EVERYTHING: dict[str, UpdateFactory] = dict.fromkeys(
+    ("linear", "tensor_product", "radial_layer", "contraction_highest", "contraction_lower", "radial_basis", "other"),
+    dense,
+)
+
+METHODS: dict[str, Method] = {
+    "mmea": Method("gates on every linear layer, low-rank updates of the rest", gates=True, updates=_BESIDE_LINEARS),
+    "gates": Method("gates on every linear layer, nothing else", gates=True),
+    "elora": Method("low-rank updates of every layer (ELoRA)", updates={**_BESIDE_LINEARS, "linear": low_rank}),
+    "full": Method("every parameter of the backbone", updates=_EVERYTHING),
+    "readout": Method("the readouts alone", updates=_EVERYTHING, only=("readouts", "readouts.*")),
+}
+
+
+def method_named(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    if name not in METHODS:
+        raise AdapterError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def find_sites(network: nn.Module) -> list[Site]:
+    """Every tensor of `network` that some method may change, in the order of its modules."""
+    return list(_walk(network))
+
+
+def _walk(network: nn.Module) -> Iterator[Site]:
+    claimed: set[int] = set()
+    for name, module in network.named_modules():
+        for site in _sites_of(name, module):
+            if id(site.value) not in claimed:
+                claimed.add(id(site.value))
+                yield site
+    for name, module in network.named_modules():
+        for tensor, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in claimed and not is_untrained(parameter):
+                claimed.add(id(parameter))
+                yield Site(name, "other", module, tensor)
+
+
+def _sites_of(name: str, module: nn.Module) -> Iterator[Site]:
+    if isinstance(module, o3.Linear) and module.internal_weights and module.weight.dim() == 1 and module.weight.numel():
+        yield Site(name, "linear", module, "weight", tuple(_linear_blocks(module)))
+    elif isinstance(module, o3.TensorProduct) and module.internal_weights and module.weight.numel():
+        yield Site(name, "tensor_product", module, "weight", tuple(_product_blocks(module)))
+    elif isinstance(module, FullyConnectedNet):
+        for layer_name, layer in module.named_children():
+            n_in, n_out = layer.weight.shape
+            yield Site(f"{name}.{layer_name}", "radial_layer", layer, "weight", (Block((n_in,), n_out),))
+    elif is_contraction(module):
+        yield from _contraction_sites(name, module)
+    elif is_bessel(module):
+        yield Site(name, "radial_basis", module, "bessel_weights")
+
+
+def _contraction_sites(name: str, contraction: Any) -> Iterator[Site]:
+    highest = contraction.weights_max
+    if not is_untrained(highest):
+        n_elements, n_paths, n_channels = highest.shape
+        block = Block((n_elements, n_paths), n_channels, std=1 / n_paths)
+        yield Site(name, "contraction_highest", contraction, "weights_max", (block,))
+    for tensor, lower in contraction.weights.named_parameters():
+        if not is_untrained(lower):
+            yield Site(f"{name}.weights", "contraction_lower", contraction.weights, tensor)
+
+
+def _linear_blocks(linear: Any) -> Iterator[Block]:
+    """One matrix per pair of irreps: paths that mace left apart (`128x0e+128x0e`) count as one.
+
+    e3nn stores one (mul_in, mul_out) matrix per path, so neighbouring paths into the same output stack up.
+    """
+    paths = [ins for ins in linear.instructions if ins.i_in >= 0 and prod(ins.path_shape)]
+    for _, group in groupby(paths, key=lambda ins: (ins.i_out, linear.irreps_in[ins.i_in].ir)):
+        shapes = [ins.path_shape for ins in group]
+        yield Block((sum(rows for rows, _ in shapes),), shapes[0][1])
+
+
+def _product_blocks(product: Any) -> Iterator[Block]:
+    """One (m1 * m2, m_out) matrix per weighted path."""
+    for ins in product.instructions:
+        if ins.has_weight and prod(ins.path_shape):
+            *rows, columns = ins.path_shape
+            yield Block((prod(rows),), columns)

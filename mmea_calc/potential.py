@@ -1,0 +1,193 @@
+"""A backbone, at most one adapter on it at a time, and reference energies: structures in, energies and forces out.
+
+The total energy of a structure is the sum of its atoms' reference energies, in float64, plus the network's
+interaction energy in the network's precision: at -17,000 eV the spacing of float32 numbers is 2 meV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from .adapted import Adapter, attach
+from .adapter_file import AdapterFile
+from .backbone import Backbone
+from .errors import AdapterError
+from .graph import Batch, Graph, build_graph, collate
+
+
+@dataclass
+class Prediction:
+    """Results for a batch.
+
+    Attributes:
+        energy: total energy, (n_graphs,), eV, float64.
+        interaction_energy: energy without reference energies, (n_graphs,), eV.
+        node_energy: of every atom, reference energy included, (n_atoms,), eV, float64.
+        forces: (n_atoms, 3), eV/A, or None.
+        stress: (n_graphs, 3, 3), eV/A^3, ASE's sign (positive is tension), or None.
+    """
+
+    energy: Tensor
+    interaction_energy: Tensor
+    node_energy: Tensor
+    forces: Tensor | None
+    stress: Tensor | None
+
+
+class Potential:
+    """Evaluates structures with a backbone and, if one is set, an adapter.
+
+    Args:
+        backbone: the backbone; the potential takes it over and may attach adapters to its network.
+
+    Attributes:
+        adapter: handle of the attached adapter, or None.
+        reference_energies: atomic number -> eV; the backbone's own unless an adapter brings others.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.adapter: Adapter | None = None
+        self._own_energies: dict[int, float] = dict(backbone.atomic_energies)
+        self._adapter_energies: dict[int, float] | None = None
+        self._table: Tensor | None = None
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def use(self, file: AdapterFile | None) -> None:
+        """Put the adapter of `file` on the backbone, in the place of any other; None: the bare backbone.
+
+        Raises:
+            AdapterFileError: it was made for another backbone.
+            AdapterError: its tensors do not fit.
+        """
+        if file is None:
+            if self.adapter is not None:
+                self.adapter.detach()
+                self.adapter = None
+            self.reference_energies = self.backbone.atomic_energies
+            return
+        file.check_backbone(self.backbone)
+        if self.adapter is None or self.adapter.config != file.config:
+            if self.adapter is not None:
+                self.adapter.detach()
+                self.adapter = None
+            fresh = attach(self.backbone.network, file.config)
+            try:
+                fresh.load_state_dict(file.tensors)
+            except AdapterError:
+                fresh.detach()
+                raise
+            self.adapter = fresh
+        else:
+            self.adapter.load_state_dict(file.tensors)
+        self.reference_energies = {**self.backbone.atomic_energies, **file.reference_energies}
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Within this context: the bare backbone with its own reference energies."""
+        energies = self._adapter_energies
+        try:
+            self._adapter_energies, self._table = None, None
+            if self.adapter is None:
+                yield
+            else:
+                with self.adapter.disabled():
+                    yield
+        finally:
+            self._adapter_energies, self._table = energies, None
+
+    @property
+    def reference_energies(self) -> dict[int, float]:
+        return self._own_energies if self._adapter_energies is None else self._adapter_energies
+
+    @reference_energies.setter
+    def reference_energies(self, energies: dict[int, float]) -> None:
+        self._adapter_energies, self._table = dict(energies), None
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    def graph(self, atoms: Atoms) -> Graph:
+        """Neighbour list within the backbone's cutoff. Raises DataError."""
+        return build_graph(atoms, self.backbone.r_max)
+
+    def collate(self, graphs: Sequence[Graph]) -> Batch:
+        """One batch on the backbone's device and in its precision. Raises DataError."""
+        return collate(
+            graphs,
+            self.backbone.elements,
+            head_index=self.backbone.head_index,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def predict(
+        self, batch: Batch, *, forces: bool = True, stress: bool = False, training: bool = False
+    ) -> Prediction:
+        """Energies, forces and stress of a batch.
+
+        Args:
+            batch: from `collate`.
+            forces, stress: what to compute beyond energies.
+            training: keep what the gradient of a loss of forces needs; the results are then part of its graph.
+        """
+        tensors = dict(batch.tensors)
+        # The network switches gradients on for the tensor it is given; a fresh one keeps the batch as it is.
+        tensors["positions"] = tensors["positions"].detach().clone()
+        with torch.set_grad_enabled(training or forces or stress):
+            output = self.backbone.network(
+                tensors, training=training, compute_force=forces or stress, compute_stress=stress
+            )
+        interaction = output["energy"]
+        per_atom = self._reference_table()[batch.numbers]
+        owner = batch.tensors["batch"]
+        reference = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device).index_add_(0, owner, per_atom)
+
+        def result(tensor: Tensor | None, wanted: bool) -> Tensor | None:
+            if tensor is None or not wanted:
+                return None
+            return tensor if training else tensor.detach()
+
+        interaction = interaction if training else interaction.detach()
+        return Prediction(
+            energy=reference + interaction.double(),
+            interaction_energy=interaction,
+            node_energy=per_atom + output["node_energy"].detach().double(),
+            forces=result(output["forces"], forces),
+            stress=result(output["stress"], stress),
+        )
+
+    def predict_graphs(
+        self, graphs: Sequence[Graph], *, batch_size: int = 16, forces: bool = True
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Total energies (n_structures,), eV, float64, and forces of every structure, eV/A, float64, on the CPU."""
+        energies, all_forces = [], []
+        for start in range(0, len(graphs), batch_size):
+            some = graphs[start : start + batch_size]
+            prediction = self.predict(self.collate(some), forces=forces)
+            energies.append(prediction.energy.cpu())
+            if prediction.forces is not None:
+                all_forces += prediction.forces.double().cpu().split([g.n_atoms for g in some])
+        return torch.cat(energies) if energies else torch.zeros(0, dtype=torch.float64), all_forces
+
+    def _reference_table(self) -> Tensor:
+        if self._table is None or self._table.device != self.device:
+            table = torch.zeros(120, dtype=torch.float64)
+            for number, energy in self.reference_energies.items():
+                table[number] = energy
+            self._table = table.to(self.device)
+        return self._table

@@ -1,0 +1,35 @@
+"""Named alternatives to the default recipe (the defaults of `TrainConfig` and `AdapterConfig`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    # arXiv 2511.06696, section 4 and its authors' code: E0s fitted to the training energies are an option of their
+    # own (`--E0s`), since they are wrong for anything but a test on one molecule.
+    "paper": {
+        "epochs": 500,
+        "batch_size": 5,
+        "lr": 0.005,
+        "schedule": "plateau",
+        "plateau_factor": 0.8,
+        "plateau_patience": 5,
+        "energy_weight": 1.0,
+        "forces_weight": 1000.0,
+        "loss": "mse",
+        "stage_two_start": 0.8,
+        "stage_two_lr": 0.001,
+        "stage_two_energy_weight": 1000.0,
+        "stage_two_forces_weight": 100.0,
+        "ema_decay": 0.995,
+        "clip_norm": 100.0,
+        "weight_decay": 0.0,
+        "amsgrad": True,
+        "dtype": "float64",
+        "validate_every": 1,
+    },
+    # Full fine-tuning bears a tenth of the rate that adapters do (arXiv 2606.12704).
+    "full": {"lr": 0.001, "ema_decay": 0.999, "clip_norm": 1.0},
+}

@@ -1,0 +1,396 @@
+"""The training loop: batches in, the best averaged weights out; it can stop anywhere and go on to the same bits.
+
+Nothing random is carried from one epoch to the next (the order of an epoch follows from the seed and its number),
+so a checkpoint at the end of an epoch holds all there is: weights, averages, optimiser, schedule, best so far, log.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .adapted import Adapter
+from .config import TrainConfig, to_dict
+from .dataset import Dataset
+from .errors import TrainingError
+from .graph import Graph
+from .loss import Labels, Loss, batch_loss, collect_labels
+from .potential import Potential
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """What has happened since the last event; sent after every epoch and for every message.
+
+    Attributes:
+        epoch, epochs: finished and planned.
+        loss, energy_loss, forces_loss: means over the epoch, weighted as in training.
+        valid_energy_mae_meV_per_atom, valid_forces_mae_meV_per_A: the latest validation, of the averaged weights.
+        seconds, seconds_left: gone and expected.
+        message: a sentence for the user, if there is one.
+    """
+
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    energy_loss: float | None = None
+    forces_loss: float | None = None
+    valid_energy_mae_meV_per_atom: float | None = None
+    valid_forces_mae_meV_per_A: float | None = None
+    seconds: float = 0.0
+    seconds_left: float | None = None
+    message: str = ""
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean absolute errors; NaN where no structure carries the label. `loss` is weighted as in training."""
+
+    loss: float
+    energy_mae_meV: float
+    energy_mae_meV_per_atom: float
+    forces_mae_meV_per_A: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "energy_mae_meV": self.energy_mae_meV,
+            "energy_mae_meV_per_atom": self.energy_mae_meV_per_atom,
+            "forces_mae_meV_per_A": self.forces_mae_meV_per_A,
+        }
+
+
+class Samples:
+    """Structures with their neighbour lists, from which batches are made."""
+
+    def __init__(self, dataset: Dataset, potential: Potential) -> None:
+        self.structures, self.hash = dataset.structures, dataset.hash
+        self.graphs: list[Graph] = [potential.graph(s.atoms) for s in self.structures]
+        self.has_stress = any(s.stress is not None for s in self.structures)
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    def labels(self, indices: Sequence[int], potential: Potential) -> Labels:
+        chosen = [self.structures[i] for i in indices]
+        return collect_labels(chosen, dtype=potential.dtype, device=potential.device)
+
+
+class Averages:
+    """Exponential moving averages of parameters; the memory is short at first: min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [p.detach().clone() for p in self.parameters]
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the parameters have their averaged values."""
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in self.parameters]
+            torch._foreach_copy_(self.parameters, self.values)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, kept)
+
+
+def measure(potential: Potential, samples: Samples, config: TrainConfig, *, stage: int = 1) -> Errors:
+    """Errors of the potential as it is, in batches of a fixed order."""
+    energy_error: list[np.ndarray] = []
+    forces_error = forces_count = loss = 0.0
+    per_atom: list[np.ndarray] = []
+    size = max(config.batch_size, 8)
+    for start in range(0, len(samples), size):
+        rows = list(range(start, min(start + size, len(samples))))
+        labels = samples.labels(rows, potential)
+        batch = potential.collate([samples.graphs[i] for i in rows])
+        prediction = potential.predict(batch, stress=config.stress_weight > 0 and samples.has_stress)
+        energy_weight, forces_weight = stage_weights(config, stage)
+        part = batch_loss(prediction, labels, config, energy_weight=energy_weight, forces_weight=forces_weight)
+        loss += float(part.total) * len(rows)
+        known = labels.energy_mask.bool()
+        error = (prediction.energy - labels.energy).abs()[known]
+        energy_error.append(error.cpu().numpy())
+        per_atom.append((error / labels.atoms_per_graph[known]).cpu().numpy())
+        assert prediction.forces is not None
+        forces_error += float(((prediction.forces - labels.forces).abs() * labels.forces_mask).double().sum())
+        forces_count += 3 * float(labels.forces_mask.sum())
+    energies, energies_per_atom = np.concatenate(energy_error), np.concatenate(per_atom)
+    return Errors(
+        loss=loss / len(samples),
+        energy_mae_meV=1e3 * float(energies.mean()) if len(energies) else math.nan,
+        energy_mae_meV_per_atom=1e3 * float(energies_per_atom.mean()) if len(energies) else math.nan,
+        forces_mae_meV_per_A=1e3 * forces_error / forces_count if forces_count else math.nan,
+    )
+
+
+def stage_weights(config: TrainConfig, stage: int) -> tuple[float, float]:
+    """Weights of energy and forces in stage 1 or 2."""
+    if stage == 2:
+        return config.stage_two_energy_weight, config.stage_two_forces_weight
+    return config.energy_weight, config.forces_weight
+
+
+@dataclass
+class Best:
+    """The best averaged weights so far."""
+
+    epoch: int
+    stage: int
+    loss: float
+    values: list[Tensor]
+
+
+class Trainer:
+    """Trains the adapter of a potential.
+
+    Args:
+        potential: with an adapter attached, and reference energies set.
+        adapter: the adapter's handle.
+        train, valid: structures.
+        config: how.
+        checkpoint: where the state is kept after every epoch; None keeps none.
+        progress: told what happens.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        adapter: Adapter,
+        train: Samples,
+        valid: Samples,
+        config: TrainConfig,
+        *,
+        checkpoint: Path | None = None,
+        progress: Progress = lambda event: None,
+    ) -> None:
+        self.potential, self.adapter, self.config = potential, adapter, config
+        self.train, self.valid = train, valid
+        self.checkpoint, self.progress = checkpoint, progress
+        self.parameters = adapter.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, amsgrad=config.amsgrad
+        )
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=config.plateau_factor, patience=config.plateau_patience
+        )
+        self.averages = Averages(self.parameters, config.ema_decay)
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.log: list[dict[str, float]] = []
+        self.best: Best | None = None
+        self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
+        self.validate_every = config.validate_every or max(1, config.epochs // 100)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, or on from a restored state. The best averaged weights are left in the adapter.
+
+        Raises:
+            TrainingError: the loss is no longer a number. The best weights so far are left in the adapter.
+        """
+        try:
+            while self.epoch < self.config.epochs:
+                self._epoch()
+                self.save()
+        finally:
+            self.use_best()
+
+    def use_best(self) -> None:
+        """Put the best averaged weights into the adapter."""
+        if self.best is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.best.values)
+
+    def stage(self, epoch: int) -> int:
+        """1, or 2 from the configured epoch on."""
+        start = self.config.stage_two_start
+        return 1 if start is None or epoch < round(start * self.config.epochs) else 2
+
+    def _epoch(self) -> None:
+        started = time.perf_counter()
+        stage = self.stage(self.epoch)
+        if stage == 2 and (self.epoch == 0 or self.stage(self.epoch - 1) == 1):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.stage_two_lr
+        sums = np.zeros(3)
+        order = self._order()
+        for start in range(0, len(order), self.config.batch_size):
+            rows = order[start : start + self.config.batch_size]
+            loss = self._step(rows, stage)
+            sums += len(rows) * np.array([float(t.detach()) for t in (loss.total, loss.energy, loss.forces)])
+        self.epoch += 1
+        sums /= len(order)
+        errors = None
+        if self.epoch % self.validate_every == 0 or self.epoch == self.config.epochs:
+            errors = self._validate(stage)
+        self.seconds += time.perf_counter() - started
+        row = {"epoch": self.epoch, "loss": sums[0], "energy_loss": sums[1], "forces_loss": sums[2]}
+        if errors is not None:
+            row |= {"valid_loss": errors.loss, **{f"valid_{k}": v for k, v in errors.to_dict().items()}}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": self.seconds}
+        self.log.append({k: float(v) for k, v in row.items()})
+        self.progress(
+            ProgressEvent(
+                epoch=self.epoch,
+                epochs=self.config.epochs,
+                loss=float(sums[0]),
+                energy_loss=float(sums[1]),
+                forces_loss=float(sums[2]),
+                valid_energy_mae_meV_per_atom=errors.energy_mae_meV_per_atom if errors else None,
+                valid_forces_mae_meV_per_A=errors.forces_mae_meV_per_A if errors else None,
+                seconds=self.seconds,
+                seconds_left=self.seconds / self.epoch * (self.config.epochs - self.epoch),
+            )
+        )
+
+    def _order(self) -> list[int]:
+        generator = np.random.default_rng((self.config.seed, self.epoch))
+        return [int(i) for i in generator.permutation(len(self.train))]
+
+    def _step(self, rows: list[int], stage: int) -> Loss:
+        if self.config.schedule == "cosine" and stage == 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._cosine_lr()
+        batch = self.potential.collate([self.train.graphs[i] for i in rows])
+        labels = self.train.labels(rows, self.potential)
+        prediction = self.potential.predict(
+            batch, stress=self.config.stress_weight > 0 and self.train.has_stress, training=True
+        )
+        energy_weight, forces_weight = stage_weights(self.config, stage)
+        loss = batch_loss(
+            prediction, labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight
+        )
+        gradients = torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
+            self._stop(rows, float(loss.total.detach()))
+        self.optimizer.step()
+        self.averages.update()
+        self.step += 1
+        return loss
+
+    def _cosine_lr(self) -> float:
+        warmup = max(1, self.config.warmup_steps)
+        total = max(self.config.epochs * self.steps_per_epoch, 1)
+        rise = min(1.0, (self.step + 1) / warmup)
+        return self.config.lr * rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / total))))
+
+    def _stop(self, rows: list[int], loss: float) -> None:
+        names = ", ".join(self.train.structures[i].where for i in rows)
+        kept = (
+            f"the best weights so far (epoch {self.best.epoch}) are kept"
+            if self.best
+            else "there was no validation before it, so nothing is kept"
+        )
+        raise TrainingError(
+            f"the loss is {loss} in epoch {self.epoch + 1}, step {self.step + 1}, or its gradient is not finite; "
+            f"the batch holds {names}; {kept}. Look at these structures, or lower --lr (now {self.config.lr})"
+        )
+
+    def _validate(self, stage: int) -> Errors:
+        with self.averages.applied():
+            errors = measure(self.potential, self.valid, self.config, stage=stage)
+        if self.config.schedule == "plateau" and stage == 1:
+            self.plateau.step(errors.loss)
+        # Losses of the two stages are weighted differently and cannot be compared: the second starts afresh.
+        if math.isfinite(errors.loss) and (
+            self.best is None or self.best.stage < stage or errors.loss < self.best.loss
+        ):
+            self.best = Best(self.epoch, stage, errors.loss, [v.clone() for v in self.averages.values])
+        return errors
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the state to the checkpoint, by way of a temporary file."""
+        if self.checkpoint is None:
+            return
+        best = self.best
+        state: dict[str, Any] = {
+            "version": CHECKPOINT_VERSION,
+            "identity": self.identity(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "parameters": [p.detach() for p in self.parameters],
+            "averages": self.averages.values,
+            "updates": self.averages.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": {k: v for k, v in self.plateau.state_dict().items() if isinstance(v, int | float | list)},
+            "best": None if best is None else [best.epoch, best.stage, best.loss, best.values],
+            "log": self.log,
+        }
+        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}.part")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.checkpoint)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(self) -> bool:
+        """Take up the state of the checkpoint; False if there is none.
+
+        Raises:
+            TrainingError: it cannot be read, or belongs to another run.
+        """
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return False
+        try:
+            state = torch.load(self.checkpoint, map_location=self.potential.device, weights_only=True)
+            identity = state["identity"]
+        except Exception as problem:
+            raise TrainingError(
+                f"{self.checkpoint} cannot be read ({type(problem).__name__}); start without --resume"
+            ) from problem
+        if differing := sorted(k for k, v in self.identity().items() if identity.get(k) != v):
+            was = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity()[k]!r}" for k in differing)
+            raise TrainingError(f"{self.checkpoint} belongs to another run: {was}. Start without --resume")
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, state["parameters"])
+            torch._foreach_copy_(self.averages.values, state["averages"])
+        self.averages.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.log = state["log"]
+        self.best = None if state["best"] is None else Best(*state["best"])
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must share for one to go on with the other's state."""
+        training = to_dict(self.config)
+        del training["device"]
+        return {
+            "backbone": self.potential.backbone.fingerprint,
+            **{f"adapter.{k}": v for k, v in to_dict(self.adapter.config).items()},
+            **training,
+            "training data": self.train.hash,
+            "validation data": self.valid.hash,
+            "reference energies": sorted(self.potential.reference_energies.items()),
+        }

@@ -1,0 +1,114 @@
+"""Small networks and structures that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from torch import nn
+
+from mmea_calc.adapted import Adapter
+from mmea_calc.graph import Batch, build_graph, collate
+from mmea_calc.mace_bridge import build_network
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+ELEMENTS = (1, 6, 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `shared` need development data that is not part of the project."""
+    for item in items:
+        if "shared" in item.keywords and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs the development data beside the checkout, which is absent"))
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device present; CUDA is skipped where there is none."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _defaults_stay() -> Iterator[None]:
+    """No test, and no code under test, may change torch's defaults for the process."""
+    before = torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() == before
+
+
+def network_config(**changes: Any) -> dict[str, Any]:
+    """A tiny MACE: 4x0e + 4x1o, max_ell 2, correlation 3, two interactions, elements H, C, O."""
+    config: dict[str, Any] = dict(
+        model="ScaleShiftMACE",
+        r_max=4.0,
+        num_bessel=8,
+        num_polynomial_cutoff=5,
+        max_ell=2,
+        num_interactions=2,
+        hidden_irreps="4x0e + 4x1o",
+        MLP_irreps="4x0e",
+        correlation=3,
+        gate="silu",
+        radial_MLP=[8, 8],
+        radial_type="bessel",
+        interaction_cls_first="RealAgnosticInteractionBlock",
+        interaction_cls="RealAgnosticResidualInteractionBlock",
+        atomic_inter_scale=1.1,
+        atomic_inter_shift=0.1,
+        avg_num_neighbors=8.0,
+        atomic_numbers=list(ELEMENTS),
+        atomic_energies=[0.0] * len(ELEMENTS),
+    )
+    return {**config, **changes}
+
+
+def random_network(seed: int = 0, **changes: Any) -> nn.Module:
+    """A network with random weights, float64, frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network(network_config(**changes))
+    return network.requires_grad_(False)
+
+
+def randomise(adapter: Adapter, seed: int = 1, std: float = 0.1) -> None:
+    """Give every trained tensor random values, so that the adapter changes the network."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter))
+
+
+def ethanol() -> Atoms:
+    atoms = molecule("CH3CH2OH")
+    atoms.rattle(0.05, seed=3)
+    return atoms
+
+
+def crystal() -> Atoms:
+    """Two atoms in a sheared cell smaller than the cutoff, so that edges cross it several times."""
+    atoms = bulk("C", "diamond", a=3.4)
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + [[0.02, 0.03, 0], [0, -0.01, 0.02], [0.01, 0, 0.03]]), True)
+    atoms.numbers[1] = 8
+    atoms.rattle(0.05, seed=4)
+    return atoms
+
+
+def batch_of(*structures: Atoms, r_max: float = 4.0, dtype: torch.dtype = torch.float64, head: int = 0) -> Batch:
+    return collate([build_graph(a, r_max) for a in structures], ELEMENTS, head_index=head, dtype=dtype)
+
+
+def run(network: nn.Module, batch: Batch, **options: bool) -> dict[str, torch.Tensor]:
+    """Energy, forces and (on request) stress of a batch."""
+    tensors = dict(batch.tensors)
+    tensors["positions"] = tensors["positions"].detach().clone()
+    output = network(tensors, **options)
+    return {k: v.detach() for k, v in output.items() if isinstance(v, torch.Tensor)}
