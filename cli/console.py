@@ -65,7 +65,7 @@ def pairs_table(name: str, value: str, rows: Iterable[tuple[str, Any]]) -> Table
 
 
 def show(value: Any) -> str:
-    """A value as a person reads it."""
+    """A value as a person reads it; numbers that are not whole get two decimals, which align in a column."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -73,7 +73,7 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)
-        return f"{value:.1f}" if 100 <= abs(value) < 1e6 else f"{value:.4g}"
+        return f"{value:.2f}" if 0.05 <= abs(value) < 1e6 else f"{value:.3g}"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, list | tuple):

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from mmea_calc.config import Precision
+    from mmea_calc.dataset import Dataset
+    from mmea_calc.evaluation import Evaluation
+    from mmea_calc.potential import Potential
+
+LABELS = {"adapter": "adapter", "backbone": "backbone alone"}
 
 
 def evaluate(
@@ -23,4 +31,98 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Errors of energies and forces: overall, per config_type and per element, adapter beside bare backbone."""
-    raise NotImplementedError
+    from mmea_calc.data import read_dataset
+
+    from .console import print_json
+
+    dataset = read_dataset(test, energy_key=energy_key, forces_key=forces_key)
+    potential = _potential(adapter, backbone, device, dtype)
+    evaluation = _evaluate(potential, dataset, batch_size)
+    if plot is not None:
+        from mmea_calc.plots import parity
+
+        parity(evaluation.parity(), plot, title=f"{adapter.name} on {dataset.name}")
+    if as_json:
+        print_json({"adapter_file": str(adapter), **evaluation.to_dict()})
+        return
+    _print(evaluation, dataset, adapter)
+    if plot is not None:
+        typer.echo(f"{plot} written")
+
+
+def _potential(file: Path, backbone: str | None, device: str | None, dtype: Precision | None) -> Potential:
+    """The adapter on its backbone. Options that were not given keep the defaults of training."""
+    from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.backbone import load_backbone
+    from mmea_calc.config import TrainConfig
+    from mmea_calc.finetuning import resolve_device
+    from mmea_calc.potential import Potential
+
+    content, defaults = read_adapter(file), TrainConfig()
+    loaded = load_backbone(
+        backbone or content.backbone,
+        head=content.head,
+        device=resolve_device(device or defaults.device),
+        dtype=dtype or defaults.dtype,
+    )
+    potential = Potential(loaded)
+    potential.use(content)
+    return potential
+
+
+def _evaluate(potential: Potential, dataset: Dataset, batch_size: int | None) -> Evaluation:
+    """Under a bar on standard error, which leaves standard output to the results."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mmea_calc.evaluation import evaluate as measure
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if batch_size is None:
+            return measure(potential, dataset, progress=progress)
+        return measure(potential, dataset, batch_size=batch_size, progress=progress)
+
+
+def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
+    from .console import out, say, table
+
+    say(f"{adapter} on {dataset.name}, backbone {evaluation.backbone_name}")
+    if dataset.keys:
+        say("labels: " + ", ".join(f"{name} from {key}" for name, key in dataset.keys.items() if key))
+    groups = [("all", {model.label: model.overall for model in evaluation.models})]
+    types = evaluation.backbone.by_config_type
+    if len(types) > 1:
+        groups += [(name, {m.label: m.by_config_type[name] for m in evaluation.models}) for name in types]
+    rows: list[tuple[Any, ...]] = []
+    for name, by_model in groups:
+        for label, errors in by_model.items():
+            energy, forces = errors.energy, errors.forces
+            rows.append(
+                (
+                    name,
+                    errors.n_structures,
+                    LABELS[label],
+                    *(energy.mae_meV, energy.rmse_meV, energy.mae_meV_per_atom, energy.rmse_meV_per_atom),
+                    *(forces.mae_meV_per_A, forces.rmse_meV_per_A),
+                )
+            )
+    units = ["meV", "meV", "meV/atom", "meV/atom", "meV/Å", "meV/Å"]
+    titles = ["E MAE", "E RMSE", "E MAE", "E RMSE", "F MAE", "F RMSE"]
+    headings = [f"{title}\n{unit}" for title, unit in zip(titles, units, strict=True)]
+    out().print(table(["config_type", "structures", "", *headings], rows))
+    rows = []
+    for symbol in evaluation.backbone.forces_by_element:
+        for model in evaluation.models:
+            of_element = model.forces_by_element[symbol]
+            rows.append(
+                (symbol, of_element.n_atoms, LABELS[model.label], of_element.mae_meV_per_A, of_element.rmse_meV_per_A)
+            )
+    if rows:
+        out().print(table(["element", "atoms", "", "F MAE\nmeV/Å", "F RMSE\nmeV/Å"], rows))
+    if evaluation.same_reference_energies:
+        say("The backbone alone is given the adapter's reference energies.")

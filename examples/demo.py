@@ -19,7 +19,7 @@ ADAPTER = DEMO / "aspirin.adapter"
 EPOCHS = 60
 TIMESTEP_FS = 0.5
 TEMPERATURE_K = 300.0
-FRICTION_PER_FS = 0.01
+RELAXATION_FS = 100.0
 STEPS = 1000
 STATS_EVERY = 5
 
@@ -37,23 +37,21 @@ def run_dynamics() -> None:
     """Langevin dynamics with the new potential, as a script of one's own would do it."""
     import numpy as np
     from ase import units
-    from ase.io import read
+    from ase.io import iread
     from ase.io.trajectory import Trajectory
-    from ase.md.langevin import Langevin
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+    from ase.md.langevinbaoab import LangevinBAOAB
+    from ase.md.velocitydistribution import thermalize_momenta
 
     from mmea_calc import MMEACalculator
     from mmea_calc.plots import dynamics
 
-    print(
-        f"\n# {STEPS * TIMESTEP_FS:g} fs of Langevin dynamics at {TEMPERATURE_K:g} K with MMEACalculator({str(ADAPTER)!r})"
-    )
-    atoms = read(ROOT / DATA / "start.xyz")
+    print(f"\n# {STEPS * TIMESTEP_FS:g} fs of Langevin dynamics at {TEMPERATURE_K:g} K, MMEACalculator('{ADAPTER}')")
+    (atoms,) = iread(ROOT / DATA / "start.xyz")
     atoms.calc = MMEACalculator(ROOT / ADAPTER)
     rng = np.random.default_rng(0)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE_K, rng=rng)
-    langevin = Langevin(
-        atoms, TIMESTEP_FS * units.fs, temperature_K=TEMPERATURE_K, friction=FRICTION_PER_FS / units.fs, rng=rng
+    thermalize_momenta(atoms, temperature_K=TEMPERATURE_K, rng=rng)
+    langevin = LangevinBAOAB(
+        atoms, TIMESTEP_FS * units.fs, temperature_K=TEMPERATURE_K, T_tau=RELAXATION_FS * units.fs, rng=rng
     )
     rows: list[tuple[float, float, float]] = []
 

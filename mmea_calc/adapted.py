@@ -13,19 +13,20 @@ leave nothing behind when detached.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from ._e3nn import o3
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ._e3nn import o3
 from .config import AdapterConfig
 from .errors import AdapterError
 from .gates import MagnitudeGate, reason_not_gatable
@@ -34,18 +35,19 @@ from .updates import Update
 
 _GATE = "magnitude_gate"  # name of the submodule that a gated linear layer carries
 
-# network -> its adapter, so that a second one is refused; weak, so that it keeps nothing alive
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
+# network -> its adapter, so that a second one is refused even while the first is merged and leaves no trace. Weak on
+# both sides: a handle holds its network, which would otherwise live for ever.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class TrainableTensor:
-    """One trained tensor: where it is, what it is, and for which order l.
+    """What trains in one place: where it is, what it is, and for which order l.
 
     Attributes:
-        module: path of the adapted module.
+        module: path of the gated layer, or of the tensor that is updated.
         part: "gate.down", "gate.shift", "gate.gain", "low rank", "dense".
-        order: the order l that it acts on, "0", ">=1" or "all".
+        order: the order l that it acts on: "0" (even scalars), ">=1" (and odd scalars, where there are any) or "all".
         count: number of entries.
     """
 
@@ -69,14 +71,15 @@ def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
         The handle of what was attached.
 
     Raises:
-        AdapterError: an unknown method, an unusable setting, a network that is scripted or has an adapter already,
-            or no module to adapt. Nothing has been changed then.
+        AdapterError: an unknown method, an unusable setting, a target that matches no module, a network that is
+            scripted or has an adapter already, or no module to adapt. Nothing has been changed then.
     """
     config = config or AdapterConfig()
     method = _checked(network, config)
     wanted = _selector(method, config)
     sites = [s for s in find_sites(network) if s.kind in method.updates and wanted(s.name)]
     gated, skipped = _gated_layers(network, wanted) if method.gates else ({}, {})
+    _check_targets(config, [*(s.name for s in sites), *gated, *skipped])
     if not sites and not gated:
         reasons = "".join(f"; {name or 'the network itself'}: {reason}" for name, reason in skipped.items())
         targets = f" matching {list(config.targets)}" if config.targets else ""
@@ -98,22 +101,48 @@ def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
     return Adapter(network, config, gates, {s.path: s for s in sites}, updates, skipped)
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Whether an adapter is on `network`, switched on or off, held by anybody or not."""
+    return network in _ATTACHED
+
+
+def attached(network: nn.Module) -> Adapter | None:
+    """The adapter that is on `network` at present; None also when nobody holds its handle any more."""
+    handle = _ATTACHED.get(network)
+    return handle() if handle is not None else None
+
+
 def _checked(network: nn.Module, config: AdapterConfig) -> Method:
     method = method_named(config.method)
-    if config.gate_rank < 1 or config.low_rank < 1:
-        raise AdapterError(f"ranks must be at least 1, got gate_rank={config.gate_rank}, low_rank={config.low_rank}")
+    for name, rank in (("gate_rank", config.gate_rank), ("low_rank", config.low_rank)):
+        if type(rank) is not int or rank < 1:
+            raise AdapterError(f"{name} must be a whole number, at least 1, got {rank!r}")
     if config.phi not in ("exp", "residual"):
         raise AdapterError(f"phi must be 'exp' or 'residual', got {config.phi!r}")
-    if config.init_std < 0:
-        raise AdapterError(f"init_std must not be negative, got {config.init_std}")
-    if any(isinstance(m, torch.jit.ScriptModule) for m in (network, *network.children())):
+    if not 0 <= config.init_std < math.inf:
+        raise AdapterError(f"init_std must be finite and not negative, got {config.init_std}")
+    if not math.isfinite(config.alpha):
+        raise AdapterError(f"alpha must be finite, got {config.alpha}")
+    # e3nn compiles parts of its eager layers; those hold no weights.
+    if any(isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()) for m in network.modules()):
         raise AdapterError("a scripted (TorchScript) network cannot be adapted: load the eager network instead")
-    if network in _ATTACHED or any(parametrize.is_parametrized(m) for m in network.modules()):
+    if network in _ATTACHED or any(parametrize.is_parametrized(m) or hasattr(m, _GATE) for m in network.modules()):
         raise AdapterError("this network has an adapter (or another parametrization) already: detach it first")
     return method
 
 
-def _selector(method: Method, config: AdapterConfig) -> Any:
+def _check_targets(config: AdapterConfig, names: Iterable[str]) -> None:
+    if isinstance(config.targets, str):
+        raise AdapterError(f"targets must be a sequence of patterns, got the text {config.targets!r}")
+    names = list(names)
+    if idle := [p for p in config.targets or () if not any(fnmatchcase(name, p) for name in names)]:
+        raise AdapterError(
+            f"nothing that method {config.method!r} adapts matches the targets {idle}; expected shell-style patterns "
+            "of module names, such as 'interactions.*'"
+        )
+
+
+def _selector(method: Method, config: AdapterConfig) -> Callable[[str], bool]:
     def wanted(name: str) -> bool:
         return all(
             any(fnmatchcase(name, p) for p in patterns) for patterns in (method.only, config.targets) if patterns
@@ -122,7 +151,7 @@ def _selector(method: Method, config: AdapterConfig) -> Any:
     return wanted
 
 
-def _gated_layers(network: nn.Module, wanted: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _gated_layers(network: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     gated, skipped = {}, {}
     for name, module in network.named_modules():
         if isinstance(module, o3.Linear) and wanted(name):
@@ -169,7 +198,7 @@ class Adapter:
             linear.add_module(_GATE, gate)
             self._hooks.append(linear.register_forward_hook(_apply_gate))
         self._parametrize()
-        _ATTACHED[network] = self
+        _ATTACHED[network] = weakref.ref(self)
 
     # -- what trains ---------------------------------------------------------------------------------------------
 
@@ -197,18 +226,17 @@ class Adapter:
             for part, order in (("down", "all"), ("shift", "0"), ("gain", ">=1")):
                 layer = getattr(gate, part)
                 if layer is not None:
-                    rows.append(TrainableTensor(name, f"gate.{part}", order, sum(p.numel() for p in layer.parameters())))
+                    rows.append(TrainableTensor(name, f"gate.{part}", order, _count(layer)))
         for path, update in self.updates.items():
-            part = "low rank" if type(update).__name__ == "LowRank" else "dense"
-            rows.append(TrainableTensor(path, part, "all", sum(p.numel() for p in update.parameters())))
+            rows.append(TrainableTensor(path, update.label, "all", _count(update)))
         return rows
 
     def counts(self) -> dict[str, int]:
         """Trained entries by kind of site: "gates", "tensor_product", "radial_layer", ..."""
         total: Counter[str] = Counter()
-        total["gates"] += sum(p.numel() for g in self.gates.values() for p in g.parameters())
+        total["gates"] += sum(_count(gate) for gate in self.gates.values())
         for path, update in self.updates.items():
-            total[self._sites[path].kind] += sum(p.numel() for p in update.parameters())
+            total[self._sites[path].kind] += _count(update)
         return {kind: count for kind, count in total.items() if count}
 
     # -- on and off ----------------------------------------------------------------------------------------------
@@ -241,7 +269,8 @@ class Adapter:
         try:
             yield
         finally:
-            self.enabled = before
+            if self._attached:  # it may have been detached in between
+                self.enabled = before
 
     def detach(self) -> None:
         """Take the adapter off: the network is what it was before `attach`, in every bit and every name."""
@@ -264,6 +293,11 @@ class Adapter:
     def foldable(self) -> bool:
         """Whether all of the adapter is a change of weights, so that `merge` leaves nothing to compute."""
         return not self.gates
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight updates are written into the weights at present."""
+        return bool(self._merged)
 
     def merge(self) -> list[str]:
         """Write the weight updates into the weights, for inference; gates depend on their input and stay.
@@ -317,33 +351,44 @@ class Adapter:
             AdapterError: missing, unexpected or misshapen tensors. Nothing has been changed then.
         """
         own = dict(self.named_parameters())
-        ranges = {f"ranges.{n}.{end}": getattr(g, f"z_{end}") for n, g in self.gates.items() for end in ("low", "high")}
-        expected = {**own, **(ranges if any(k.startswith("ranges.") for k in state) else {})}
+        expected: dict[str, Tensor] = dict(own)
+        for name, gate in self.gates.items():
+            low, high = f"ranges.{name}.low", f"ranges.{name}.high"
+            # a layer that was never called while ranges were recorded has none
+            if low in state or high in state:
+                expected |= {low: gate.z_low, high: gate.z_high}
         _check_state(expected, state)
-        merged = bool(self._merged)
-        self.unmerge()
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+            for path, folded in self._merged.items():  # in place: the tensors in use stay the same objects
+                change = self.updates[path].change()
+                folded.copy_(self._originals[path].to(change) + change)
         for name, gate in self.gates.items():
             infinite = torch.full_like(gate.z_low, torch.inf)
             gate.set_range(
                 state.get(f"ranges.{name}.low", -infinite).to(gate.z_low),
                 state.get(f"ranges.{name}.high", infinite).to(gate.z_high),
             )
-        if merged:
-            self.merge()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Run the training set through the network within this context: every gate keeps the range it sees."""
+        """Run the training set through the network within this context: every gate keeps the range it sees.
+
+        An exception within it leaves the ranges as they were before.
+        """
+        before = [(gate, gate.z_low.clone(), gate.z_high.clone()) for gate in self.gates.values()]
         for gate in self.gates.values():
             gate.start_recording()
         try:
             yield
-        finally:
-            for gate in self.gates.values():
+        except BaseException:
+            for gate, low, high in before:
                 gate.stop_recording()
+                gate.set_range(low, high)
+            raise
+        for gate in self.gates.values():
+            gate.stop_recording()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -356,10 +401,16 @@ class Adapter:
             parametrize.register_parametrization(site.module, site.tensor, self.updates[path])
 
     def _unparametrize(self) -> None:
-        for path, site in self._sites.items():
+        for site in self._sites.values():
             parametrize.remove_parametrizations(site.module, site.tensor, leave_parametrized=False)
         for path, site in self._sites.items():
             _restore_order(site.module, self._orders[path])
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise AdapterError(
+            "the handle of an adapter cannot be copied or pickled: attach its config to another network and load its "
+            "state_dict there"
+        )
 
     def __repr__(self) -> str:
         return (
@@ -375,8 +426,14 @@ def _apply_gate(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
 
 def _put(site: Site, tensor: Tensor) -> None:
     """Make `tensor` the site's parameter or buffer, in its old place."""
-    where = site.module._parameters if site.tensor in site.module._parameters else site.module._buffers
+    where: Any = site.module._parameters if site.tensor in site.module._parameters else site.module._buffers
+    # What was put aside did not move with the network (`.to`).
+    tensor.data = tensor.data.to(where[site.tensor])
     where[site.tensor] = tensor
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _names_in_order(module: nn.Module) -> tuple[list[str], list[str]]:
@@ -385,7 +442,8 @@ def _names_in_order(module: nn.Module) -> tuple[list[str], list[str]]:
 
 def _restore_order(module: nn.Module, order: tuple[list[str], list[str]]) -> None:
     # torch puts a tensor that was parametrized back at the end; the order of a state_dict should not change.
-    for names, where in zip(order, (module._parameters, module._buffers), strict=True):
+    stores: tuple[Any, Any] = (module._parameters, module._buffers)
+    for names, where in zip(order, stores, strict=True):
         for name in names:
             where[name] = where.pop(name)
 
@@ -401,8 +459,11 @@ def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
     for name, tensor in expected.items():
         if tuple(state[name].shape) != tuple(tensor.shape):
             raise AdapterError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
-    if bad := sorted(n for n in expected if not n.startswith("ranges.") and not torch.isfinite(state[n]).all()):
+    if bad := sorted(n for n in expected if not torch.isfinite(state[n]).all()):
         raise AdapterError(f"these tensors hold values that are not finite: {some(bad)}")
+    lows = [n for n in expected if n.startswith("ranges.") and n.endswith(".low")]
+    if bad := sorted(n for n in lows if (state[n] > state[n.removesuffix("low") + "high"]).any()):
+        raise AdapterError(f"these lower ends of a gate's range lie above the upper ones: {some(bad)}")
 
 
-__all__ = ["METHODS", "Adapter", "TrainableTensor", "attach"]
+__all__ = ["METHODS", "Adapter", "TrainableTensor", "attach", "attached", "is_adapted"]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .backbone_file import (
     config_of_model,
     fingerprint,
+    minimal_config,
     read_model,
     read_safetensors,
+    rebuilt,
     restore,
     stored_tensors,
     write_safetensors,
@@ -138,11 +140,10 @@ def list_backbones() -> list[BackboneInfo]:
     rows = []
     for name, description in EMBEDDED.items():
         path = BACKBONE_FOLDER / f"{name}.safetensors"
-        config = read_safetensors(path)[0]
+        config = read_safetensors(path).config
         elements = tuple(config["atomic_numbers"])
-        rows.append(
-            BackboneInfo(name, "embedded", True, path, config.get("licence"), config.get("level_of_theory"), elements, description)
-        )
+        licence, level = config.get("licence"), config.get("level_of_theory")
+        rows.append(BackboneInfo(name, "embedded", True, path, licence, level, elements, description))
     for name, entry in PUBLISHED.items():
         path, url = locate(name)
         there = path.is_file()
@@ -235,12 +236,12 @@ def convert_backbone(source: str | Path, destination: str | Path) -> Backbone:
     path = fetch(text.lower()) if entry else _existing(text)
     extra = {"level_of_theory": entry.level_of_theory, "licence": entry.licence} if entry else {}
     if path.suffix == ".safetensors":
-        config, tensors = read_safetensors(path)
+        config, tensors, _ = read_safetensors(path)
         state = dict(restore(config, tensors, path).state_dict()) | tensors
     else:
         network = read_model(path)
         config, state = config_of_model(network), network.state_dict()
-        _rebuilt(network, config, state, path)
+        rebuilt(network, config, state, path)
     save_backbone(destination, config | {k: v for k, v in extra.items() if v}, state)
     return _finish(_from_path(Path(destination), config["heads"][0] if config.get("heads") else None), "cpu", "float32")
 
@@ -270,10 +271,15 @@ def _from_path(path: Path, head: str | None) -> Backbone:
 
 
 def _from_safetensors(name: str, path: Path, head: str | None, source: str) -> Backbone:
-    config, tensors = read_safetensors(path)
+    config, tensors, recorded = read_safetensors(path)
     network = restore(config, tensors, path)
-    parameters = {key: tensors[key] for key, _ in network.named_parameters()}
-    backbone = _describe(name, source, network, config, fingerprint(config, parameters), head)
+    identity = fingerprint(config, {key: tensors[key] for key, _ in network.named_parameters()})
+    if recorded not in (None, identity):
+        raise BackboneError(
+            f"{path} was changed after it was written: its fingerprint is {identity[:16]}..., its header says "
+            f"{recorded[:16]}...; convert or fetch it again"
+        )
+    backbone = _describe(name, source, network, config, identity, head)
     backbone.level_of_theory, backbone.licence = config.get("level_of_theory"), config.get("licence")
     backbone.notes = config.get("notes")
     return backbone
@@ -288,72 +294,15 @@ def _from_model(name: str, path: Path, head: str | None, preferred: str | None =
     identity = {key: state[key] for key, _ in pickled.named_parameters()}
     try:
         config = config_of_model(pickled)
-        network = _rebuilt(pickled, config, state, path)
+        network = rebuilt(pickled, config, state, path)
         identity = {key: state[key] for key, _ in network.named_parameters()}
     except BackboneError as problem:
-        config, network, notes = _minimal_config(pickled, path), pickled, f"used as unpickled: {problem}"
+        config, network, notes = minimal_config(pickled, path), pickled, f"used as unpickled: {problem}"
     if head is None and preferred in (config.get("heads") or ()):
         head = preferred
     backbone = _describe(name, str(path), network, config, fingerprint(config, identity), head)
     backbone.notes, backbone.trust_note = notes, _TRUST_PICKLE.format(path.name)
     return backbone
-
-
-def _rebuilt(pickled: nn.Module, config: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The network of `config` with these tensors, if it computes what the unpickled one does.
-
-    Raises:
-        BackboneError: it does not. (The unpickled network is in float64 afterwards; the tensors are as they were.)
-    """
-    network = restore(config, state, path)
-    graph = _test_graph(config)
-    try:
-        outputs = [module(dict(graph), compute_force=True) for module in (network, pickled.double())]
-    except (AttributeError, KeyError, RuntimeError, TypeError) as problem:
-        raise BackboneError(f"{path}: the network cannot be checked against one rebuilt from its settings") from problem
-    for key in ("energy", "forces"):
-        one, other = outputs[0][key].detach(), outputs[1][key].detach()
-        if not torch.allclose(one, other, rtol=0, atol=1e-9 * max(1.0, float(other.abs().max()))):
-            raise BackboneError(f"{path}: the network rebuilt from its settings gives other {key}")
-    return network
-
-
-def _test_graph(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Six atoms within the cutoff, each bound to all others, as the network takes them; float64."""
-    generator = torch.Generator().manual_seed(0)
-    n_atoms, n_elements = 6, len(config["atomic_numbers"])
-    pairs = (~torch.eye(n_atoms, dtype=torch.bool)).nonzero().T.contiguous()
-    corners = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]], dtype=torch.float64)
-    noise = torch.rand(n_atoms, 3, generator=generator, dtype=torch.float64)
-    zeros = torch.zeros(pairs.shape[1], 3, dtype=torch.float64)
-    return {
-        "positions": (corners + 0.3 * noise) * (0.4 * float(config["r_max"])),
-        "node_attrs": torch.eye(n_elements, dtype=torch.float64)[torch.arange(n_atoms) % n_elements],
-        "edge_index": pairs,
-        "shifts": zeros,
-        "unit_shifts": zeros,
-        "cell": torch.zeros(3, 3, dtype=torch.float64),
-        "batch": torch.zeros(n_atoms, dtype=torch.long),
-        "ptr": torch.tensor([0, n_atoms]),
-        "head": torch.zeros(1, dtype=torch.long),
-        "total_charge": torch.zeros(1, dtype=torch.float64),
-        "total_spin": torch.ones(1, dtype=torch.float64),
-    }
-
-
-def _minimal_config(network: Any, path: Path) -> dict[str, Any]:
-    """What must be known of a network that is used as unpickled."""
-    try:
-        config: dict[str, Any] = {
-            "model": type(network).__name__,
-            "r_max": float(network.r_max),
-            "atomic_numbers": network.atomic_numbers.tolist(),
-            "atomic_energies": network.atomic_energies_fn.atomic_energies.double().tolist(),
-            "heads": list(getattr(network, "heads", None) or ["Default"]),
-        }
-    except (AttributeError, TypeError, ValueError) as problem:
-        raise BackboneError(f"{path} is no network that mace-torch 0.3 could run ({problem})") from problem
-    return config
 
 
 def _describe(

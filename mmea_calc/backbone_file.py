@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +60,15 @@ def fingerprint(config: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class Stored(NamedTuple):
+    """What a `.safetensors` file holds; `fingerprint` is the one recorded in its header, where there is one."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    fingerprint: str | None
+
+
+def read_safetensors(path: Path) -> Stored:
     """Config and tensors of a backbone file, nothing executed.
 
     Raises:
@@ -90,7 +98,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BackboneError(f"the network config of {path} is not JSON ({problem})") from None
     if not isinstance(config, dict):
         raise BackboneError(f"the network config of {path} is a {type(config).__name__}; expected names and values")
-    return config, tensors
+    return Stored(config, tensors, metadata.get("fingerprint"))
 
 
 def restore(config: dict[str, Any], tensors: Mapping[str, Tensor], source: object) -> nn.Module:
@@ -126,18 +134,78 @@ def read_model(path: Path) -> nn.Module:
         BackboneError: not a whole torch file, or not a pickled network.
     """
     mace_modules()
+    damaged = f"{path} is not a whole torch file: damaged, or cut short; fetch it again"
     if not zipfile.is_zipfile(path):
-        raise BackboneError(f"{path} is not a whole torch file: damaged, or cut short; fetch it again")
+        raise BackboneError(damaged)
     try:
         with quiet():
             network = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as problem:  # unpickling raises whatever the classes named in the file raise
+        if "PytorchStreamReader" in str(problem):  # e3nn's code lies in archives of its own within the archive
+            raise BackboneError(damaged) from problem
         raise BackboneError(f"{path} cannot be unpickled ({type(problem).__name__}: {problem})") from problem
     if isinstance(network, torch.jit.ScriptModule):
         raise BackboneError(f"{path} is a TorchScript export; give the .model file that it was made from")
     if not isinstance(network, nn.Module):
         raise BackboneError(f"{path} holds a {type(network).__name__}; expected a network as mace-torch writes it")
     return network
+
+
+def rebuilt(pickled: nn.Module, config: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The network of `config` with these tensors, if it computes what the unpickled one does.
+
+    Raises:
+        BackboneError: it does not. (The unpickled network is in float64 afterwards; the tensors are as they were.)
+    """
+    network = restore(config, state, path)
+    graph = _test_graph(config)
+    try:
+        outputs = [module(dict(graph), compute_force=True) for module in (network, pickled.double())]
+    except (AttributeError, KeyError, RuntimeError, TypeError) as problem:
+        raise BackboneError(f"{path}: the network cannot be checked against one rebuilt from its settings") from problem
+    for key in ("energy", "forces"):
+        one, other = outputs[0][key].detach(), outputs[1][key].detach()
+        if not torch.allclose(one, other, rtol=0, atol=1e-9 * max(1.0, float(other.abs().max()))):
+            raise BackboneError(f"{path}: the network rebuilt from its settings gives other {key}")
+    return network
+
+
+def _test_graph(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Six atoms within the cutoff, each bound to all others, as the network takes them; float64."""
+    generator = torch.Generator().manual_seed(0)
+    n_atoms, n_elements = 6, len(config["atomic_numbers"])
+    pairs = (~torch.eye(n_atoms, dtype=torch.bool)).nonzero().T.contiguous()
+    corners = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]], dtype=torch.float64)
+    noise = torch.rand(n_atoms, 3, generator=generator, dtype=torch.float64)
+    zeros = torch.zeros(pairs.shape[1], 3, dtype=torch.float64)
+    return {
+        "positions": (corners + 0.3 * noise) * (0.4 * float(config["r_max"])),
+        "node_attrs": torch.eye(n_elements, dtype=torch.float64)[torch.arange(n_atoms) % n_elements],
+        "edge_index": pairs,
+        "shifts": zeros,
+        "unit_shifts": zeros,
+        "cell": torch.zeros(3, 3, dtype=torch.float64),
+        "batch": torch.zeros(n_atoms, dtype=torch.long),
+        "ptr": torch.tensor([0, n_atoms]),
+        "head": torch.zeros(1, dtype=torch.long),
+        "total_charge": torch.zeros(1, dtype=torch.float64),
+        "total_spin": torch.ones(1, dtype=torch.float64),
+    }
+
+
+def minimal_config(network: Any, path: Path) -> dict[str, Any]:
+    """What must be known of a network that is used as unpickled."""
+    try:
+        config: dict[str, Any] = {
+            "model": type(network).__name__,
+            "r_max": float(network.r_max),
+            "atomic_numbers": network.atomic_numbers.tolist(),
+            "atomic_energies": network.atomic_energies_fn.atomic_energies.double().tolist(),
+            "heads": list(getattr(network, "heads", None) or ["Default"]),
+        }
+    except (AttributeError, TypeError, ValueError) as problem:
+        raise BackboneError(f"{path} is no network that mace-torch 0.3 could run ({problem})") from problem
+    return config
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -181,8 +249,8 @@ def write_safetensors(path: Path, config: dict[str, Any], tensors: Mapping[str, 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(dict(tensors), temporary, metadata=metadata)
-        again_config, again = read_safetensors(temporary)
-        if fingerprint(again_config, {name: again[name] for name in names}) != identity:
+        again = read_safetensors(temporary)
+        if fingerprint(again.config, {name: again.tensors[name] for name in names}) != identity:
             raise BackboneError(f"{path} did not read back as it was written; nothing was put there")
         os.replace(temporary, path)
     except (OSError, SafetensorError) as problem:

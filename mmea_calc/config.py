@@ -100,6 +100,62 @@ class TrainConfig:
     validate_every: int = 0
 
 
+@dataclass(frozen=True)
+class MDConfig:
+    """How molecular dynamics is run.
+
+    Every start structure is run at every temperature `replicas` times; all of them advance as one batch.
+
+    Attributes:
+        temperatures_K: of the thermostat and of the initial velocities, K.
+        replicas: runs per start structure and temperature, each with random numbers of its own.
+        time_ps: length of the whole run, earlier parts that are resumed included, ps.
+        timestep_fs: fs.
+        friction_per_fs: friction of the Langevin thermostat, 1/fs; without meaning for "nve".
+        ensemble: "nvt" is Langevin dynamics (BAOAB), "nve" is velocity Verlet.
+        minimize: relax the start structures first.
+        seed: of all random numbers.
+        traj_every: steps between frames; the default of 4 fs resolves vibrations up to 4170 / cm.
+        stats_every: steps between temperatures, energies and what the monitor measures; divides `traj_every`.
+        restart_every: steps between checkpoints; also what a crash can cost.
+        drift_every: steps between comparisons of adapted with bare forces, one more evaluation each; a multiple of
+            `stats_every`; 0 for never.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: precision of the network; positions and velocities are float64 in any case.
+        positions_dtype: precision of the stored positions and velocities.
+        velocities: store velocities with every frame (spectra need them).
+        max_temperature_K: a replica hotter than this has failed; None allows for 2 T + 14 standard deviations.
+        max_force_eV_per_A: a replica with a larger force on an atom has failed.
+        min_distance_ratio: a replica has failed when two atoms are closer than this times the sum of their covalent
+            radii.
+    """
+
+    temperatures_K: tuple[float, ...] = (300.0,)
+    replicas: int = 1
+    time_ps: float = 10.0
+    timestep_fs: float = 0.5
+    friction_per_fs: float = 0.01
+    ensemble: Literal["nvt", "nve"] = "nvt"
+    minimize: bool = False
+    seed: int = 0
+    traj_every: int = 8
+    stats_every: int = 8
+    restart_every: int = 1000
+    drift_every: int = 400
+    device: Device = "auto"
+    dtype: Precision = "float32"
+    positions_dtype: Precision = "float32"
+    velocities: bool = True
+    max_temperature_K: float | None = None
+    max_force_eV_per_A: float = 100.0
+    min_distance_ratio: float = 0.5
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        return round(self.time_ps * 1000.0 / self.timestep_fs)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain, JSON-ready values."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

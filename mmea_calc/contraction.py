@@ -2,7 +2,8 @@
 
 Stock (MACE, arXiv 2206.07697, eqs. 10-11), for one output component w and one channel c of an atom of element e:
 
-    B_w = sum_xvi U3[w,x,v,i,k] W3[e,k,c] A_x A_v A_i + sum_xv U2[w,x,v,k] W2[e,k,c] A_x A_v + sum_x U1[w,x,k] W1[e,k,c] A_x
+    B_w = sum_xvi U3[w,x,v,i,k] W3[e,k,c] A_x A_v A_i
+        + sum_xv U2[w,x,v,k] W2[e,k,c] A_x A_v + sum_x U1[w,x,k] W1[e,k,c] A_x
 
 The bracket of U and W knows nothing of the atom. With m = (A_x A_v for all x, v; A_x for all x; 1), the monomials
 of degree below the correlation order, it is one matrix per element and channel,
@@ -15,7 +16,7 @@ While the weights W are frozen the tables are constants and kept; while they tra
 
 from __future__ import annotations
 
-from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ def use_table_contraction(network: nn.Module) -> int:
     """
     found = symmetric_contractions(network)
     for _, module in found:
-        table = TableContraction(module)
-        # On this instance alone; `remove_table_contraction` uncovers the class's own forward again.
-        module.forward = MethodType(lambda self, x, y, table=table: table(x, y), module)
+        # On this instance alone; `remove_table_contraction` uncovers the class's own forward again. It is an object,
+        # not a closure, so that a copy of the network gets a table form that reads the copy's weights.
+        module.__dict__["forward"] = TableContraction(module)
     return len(found)
 
 
@@ -51,35 +52,44 @@ class TableContraction:
             parametrization or a change of weights is seen.
     """
 
-    def __init__(self, stock: nn.Module) -> None:
-        self.contractions: list[nn.Module] = list(stock.contractions)
+    def __init__(self, stock: Any) -> None:
+        self.contractions: list[Any] = list(stock.contractions)
         self.correlations: list[int] = [int(c.correlation) for c in self.contractions]
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
         self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
         self._kept: dict[int, Tensor] = {}
         self._kept_for: tuple[object, ...] = ()
+        self._grouped: tuple[Tensor, int, dict[int, Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As mace's: x (n_atoms, channels, n), one-hot y (n_atoms, n_elements) -> (n_atoms, channels * sum(2l+1))."""
         a = x.transpose(0, 1)  # (c, atoms, n)
         monomials = self._monomials(a)
-        element = y.argmax(dim=1)
-        order = element.argsort(stable=True)
-        counts = torch.bincount(element, minlength=y.shape[1]).tolist()
-        present = [e for e, count in enumerate(counts) if count]
-        tables = self._tables(present)
-        parts, start = [], 0
-        for e in present:
-            rows = order[start : start + counts[e]]
-            parts.append(torch.bmm(monomials[:, rows], tables[e]))
-            start += counts[e]
-        if not parts:  # no atoms
+        rows, back = self._atoms_of_elements(y)
+        if not rows:  # no atoms
             return x.new_zeros(0, x.shape[1] * sum(self.widths))
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
+        tables = self._tables(list(rows))
+        parts = [torch.bmm(monomials[:, where], tables[e]) for e, where in rows.items()]
         out = torch.cat(parts, dim=1)[:, back]  # (c, atoms, w * n)
         out = (out.unflatten(-1, (-1, self.n)) * a.unsqueeze(2)).sum(-1).transpose(0, 1)  # (atoms, c, w)
         return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
+
+    def _atoms_of_elements(self, y: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """Atoms of every element present, and where each atom lies in their concatenation.
+
+        Kept for the one-hot tensor seen last: in dynamics it is the same one at every step.
+        """
+        # In inference mode changes of a tensor are not counted, and what is made there could not enter a gradient.
+        version = -1 if y.is_inference() or torch.is_inference_mode_enabled() else y._version
+        if self._grouped is None or self._grouped[0] is not y or self._grouped[1] != version or version < 0:
+            element = y.argmax(dim=1)
+            order = element.argsort(stable=True)
+            counts = torch.bincount(element, minlength=y.shape[1]).tolist()
+            rows = {e: where for e, where in enumerate(order.split(counts)) if len(where)}
+            back = torch.empty_like(order)
+            back[order] = torch.arange(len(order), device=order.device)
+            self._grouped = (y, version, rows, back)
+        return self._grouped[2], self._grouped[3]
 
     def _monomials(self, a: Tensor) -> Tensor:
         """All products of fewer than `correlation` components, highest degree first: (c, atoms, q)."""
@@ -92,12 +102,15 @@ class TableContraction:
         """Element -> T of shape (c, q, w * n)."""
         weights = [w for c in self.contractions for w in _weights(c)]
         couplings = [c.U_tensors(k) for c in self.contractions for k in (1, c.correlation)]
-        if any(w.requires_grad for w in weights):
+        # Tensors of inference mode have no version, and tables made there could not enter a later gradient.
+        unkept = torch.is_inference_mode_enabled() or any(t.is_inference() for t in (*weights, *couplings))
+        if unkept or any(w.requires_grad for w in weights):
             self._kept, self._kept_for = {}, ()
             return {e: self._table(e) for e in elements}
-        # The version counts in-place changes of a tensor, so neither a new tensor nor an edited one goes unseen.
-        # The tensors themselves are held, so that an address is not used again.
-        state = tuple((t, t._version) for t in (*weights, *couplings))
+        # The version counts in-place changes of a tensor and the address tells of a new storage (`tensor.data = ...`),
+        # so neither a new tensor nor an edited one goes unseen; only edits through `tensor.data` (`.data.copy_()`),
+        # which hide from the version by design, do. The tensors themselves are held, so that no id is used again.
+        state = tuple((t, t._version, t.data_ptr()) for t in (*weights, *couplings))
         if not _same(state, self._kept_for):
             self._kept, self._kept_for = {}, state
         for e in elements:
@@ -122,14 +135,15 @@ class TableContraction:
             columns.append(torch.cat(degrees, dim=1))
         return torch.cat(columns, dim=2).flatten(2)  # (c, q, w * n)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> TableContraction:
-        raise TypeError("copy the network with its contractions removed (`remove_table_contraction`) and add them again")
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: without the tables, which are made again."""
+        return {**self.__dict__, "_kept": {}, "_kept_for": (), "_grouped": None}
 
 
-def _weights(contraction: nn.Module) -> list[Tensor]:
+def _weights(contraction: Any) -> list[Tensor]:
     """Of the highest correlation first."""
     return [contraction.weights_max, *contraction.weights]
 
 
-def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
-    return len(a) == len(b) and all(x[0] is y[0] and x[1] == y[1] for x, y in zip(a, b, strict=True))  # type: ignore[index]
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(x[0] is y[0] and x[1:] == y[1:] for x, y in zip(a, b, strict=True))

@@ -106,12 +106,7 @@ def _read_frames(path: Path) -> list[Atoms]:
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected structures with labels")
     try:
-        if ase.io.formats.filetype(str(path)) == "oldtraj":
-            # The format before 2014 holds pickles, and reading one would run any code that is in it.
-            raise DataError(f"{path}: a pickled trajectory of an old ASE, not opened: write it again as extended xyz")
         frames = _read_database(path) if path.suffix in _DATABASE_SUFFIXES else list(ase.io.iread(path, ":"))
-    except DataError:
-        raise
     except Exception as error:  # ASE's readers raise whatever their parser meets: KeyError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(

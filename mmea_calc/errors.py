@@ -28,3 +28,11 @@ class DataError(MMEAError):
 
 class TrainingError(MMEAError):
     """Training cannot start, or had to stop."""
+
+
+class DynamicsError(MMEAError):
+    """A run of molecular dynamics cannot start, go on, or be resumed."""
+
+
+class TrajectoryError(MMEAError):
+    """A trajectory cannot be read or written."""

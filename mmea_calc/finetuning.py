@@ -30,6 +30,7 @@ from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
 from .data import split
 from .dataset import Dataset
 from .errors import TrainingError
+from .evaluation import evaluate
 from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
@@ -90,7 +91,7 @@ def finetune(
         output: the adapter file.
         valid: structures that choose the best weights.
         test: structures that are only measured, before and after.
-        backbone: name, path, or a loaded backbone (which is then taken over).
+        backbone: name, path, or a loaded backbone, which is given back as it was.
         head: head of the backbone.
         adapter: what is attached.
         training: how it is trained.
@@ -108,6 +109,7 @@ def finetune(
     _check_settings(training)
     output = Path(output)
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
+    _check_writable(output, run_dir)
     if not isinstance(backbone, Backbone):
         device = resolve_device(training.device)
         backbone = load_backbone(backbone, head=head, device=device, dtype=training.dtype)
@@ -120,9 +122,12 @@ def finetune(
         sets["test"] = Samples(test, potential)
     energies = _reference_energies(E0s, train, sets["train"], potential)
     potential.reference_energies = energies.energies
-    handle = attach(backbone.network, adapter)
-    run = _Run(output, run_dir, potential, handle, training, sets, train, valid, energies, report)
-    return run.go(resume, progress)
+    handle = potential.adapter = attach(backbone.network, adapter)
+    run = _Run(output, run_dir, potential, handle, training, sets, (train, valid, test), energies, report)
+    try:
+        return run.go(resume, progress)
+    finally:
+        handle.detach()
 
 
 def _check_settings(training: TrainConfig) -> None:
@@ -133,6 +138,18 @@ def _check_settings(training: TrainConfig) -> None:
         raise TrainingError("the weights of the loss must not be negative")
     if not 0 <= training.ema_decay < 1:
         raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
+
+
+def _check_writable(output: Path, run_dir: Path) -> None:
+    """Better known now than after an hour of training."""
+    if output.is_dir():
+        raise TrainingError(f"{output} is a folder; expected the name of an adapter file to write")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise TrainingError(f"{run_dir} is a file; expected the name of a run folder")
+    for target in (output.parent, run_dir):
+        existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+        if not os.access(existing, os.W_OK):
+            raise TrainingError(f"{existing} cannot be written to: choose another place with --output")
 
 
 def _reference_energies(spec: Any, train: Dataset, samples: Samples, potential: Potential) -> ReferenceEnergies:
@@ -154,14 +171,14 @@ class _Run:
         handle: Adapter,
         training: TrainConfig,
         sets: dict[str, Samples],
-        train: Dataset,
-        valid: Dataset,
+        data: tuple[Dataset, Dataset, Dataset | None],
         energies: ReferenceEnergies,
         report: PreflightReport,
     ) -> None:
         self.output, self.run_dir = output, run_dir
         self.potential, self.handle, self.training, self.sets = potential, handle, training, sets
-        self.train, self.valid, self.energies, self.report = train, valid, energies, report
+        self.train, self.valid, self.test = data
+        self.energies, self.report = energies, report
 
     def go(self, resume: bool, progress: Progress) -> FinetuneResult:
         checkpoint = self.run_dir / "checkpoint.pt"
@@ -174,12 +191,17 @@ class _Run:
             checkpoint=checkpoint,
             progress=progress,
         )
+        for text in (self.energies.note, *self.energies.warnings):
+            progress(ProgressEvent(message=text))
+        if self.handle.skipped:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in self.handle.skipped.items())
+            progress(ProgressEvent(message=f"layers that stay as they are: {listed}"))
         with self.handle.disabled():
             zero_shot = self._errors()
         if resume:
             found = trainer.restore()
-            text = f"resuming after epoch {trainer.epoch}" if found else f"no checkpoint in {self.run_dir}: from the start"
-            progress(ProgressEvent(message=text))
+            text = f"resuming after epoch {trainer.epoch}" if found else "no checkpoint found: training from the start"
+            progress(ProgressEvent(message=f"{self.run_dir}: {text}"))
         self._write_settings()
         try:
             trainer.run()
@@ -197,9 +219,9 @@ class _Run:
             self.potential.predict_graphs(self.sets["train"].graphs, forces=False)
         fine_tuned = self._errors()
         file = self._adapter_file(trainer, zero_shot, fine_tuned)
-        self._write_log(trainer)
-        self._draw(trainer)
         write_adapter(self.output, file)
+        self._write_log(trainer)
+        self._draw(trainer, zero_shot["valid"])
         before, after = zero_shot["valid"], fine_tuned["valid"]
         key = "energy_mae_meV" if np.isnan(before.forces_mae_meV_per_A) else "forces_mae_meV_per_A"
         return FinetuneResult(
@@ -284,10 +306,17 @@ class _Run:
         writer.writerows(trainer.log)
         _write_text(self.run_dir / "log.csv", text.getvalue())
 
-    def _draw(self, trainer: Trainer) -> None:
-        from . import plots
+    def _draw(self, trainer: Trainer, zero_shot: Errors) -> None:
+        from . import plots  # matplotlib is slow to import and not needed before
 
-        plots.learning_curve(self.run_dir / "log.csv", self.run_dir / "learning_curve.png")
+        before = {f"valid_{key}": value for key, value in zero_shot.to_dict().items()}
+        plots.learning_curve(trainer.log, self.run_dir / "learning_curve.png", zero_shot=before)
+        name, dataset = ("test", self.test) if self.test is not None else ("validation", self.valid)
+        plots.parity(
+            evaluate(self.potential, dataset).parity(),
+            self.run_dir / "parity.png",
+            title=f"{name} set: {len(dataset)} structures",
+        )
 
 
 def versions() -> dict[str, str]:

@@ -25,12 +25,13 @@ tanh(u) = u + O(u^3), so this is twice continuously differentiable, and z never 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from ._e3nn import o3
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ._e3nn import o3
 
 Phi = Literal["exp", "residual"]
 
@@ -38,8 +39,8 @@ Phi = Literal["exp", "residual"]
 MIN_RANGE_WIDTH = 1e-3
 
 
-def reason_not_gatable(linear: nn.Module) -> str | None:
-    """Why `linear` cannot carry a gate; None if it can."""
+def reason_not_gatable(linear: Any) -> str | None:
+    """Why the `o3.Linear` layer `linear` cannot carry a gate; None if it can."""
     if not linear.internal_weights:
         return "it has no weights of its own"
     if linear.weight.dim() != 1:
@@ -67,7 +68,7 @@ class MagnitudeGate(nn.Module):
     """Gate of one `o3.Linear`; the identity at the start when `init_std` is 0.
 
     Args:
-        linear: the gated layer; it is read for its irreps, never changed or kept.
+        linear: the gated `o3.Linear`; it is read for its irreps, never changed or kept.
         rank: width r of the bottleneck.
         phi: "exp" or "residual".
         saturate: level z off outside the range given to `set_range`.
@@ -83,7 +84,7 @@ class MagnitudeGate(nn.Module):
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: Any,
         *,
         rank: int,
         phi: Phi = "exp",
@@ -101,7 +102,7 @@ class MagnitudeGate(nn.Module):
         k0 = sum(b.channels for b in self.blocks if b.shifted)
         k1 = sum(b.channels for b in self.blocks if not b.shifted)
 
-        like = dict(dtype=linear.weight.dtype, device=linear.weight.device)
+        like: dict[str, Any] = dict(dtype=linear.weight.dtype, device=linear.weight.device)
         self.down = _linear(m0, rank, **like)
         # torch's default for a Linear layer, drawn from our own generator
         bound = m0**-0.5
@@ -136,7 +137,7 @@ class MagnitudeGate(nn.Module):
     def stop_recording(self) -> None:
         """Keep the range recorded since `start_recording`."""
         self.recording = False
-        if bool((self.z_low > self.z_high).any()):  # nothing passed
+        if not bool((self.z_low <= self.z_high).all()):  # nothing passed, or NaN
             self.z_low.fill_(-torch.inf)
             self.z_high.fill_(torch.inf)
         self.set_range(self.z_low.clone(), self.z_high.clone())

@@ -197,6 +197,24 @@ def collate(
     return Batch(tensors, to(numbers, torch.int64), to(counts, torch.int64))
 
 
+def same_neighbours(one: Graph, other: Graph) -> bool:
+    """Whether two graphs differ in positions alone, so that `move` may take a batch from one to the other."""
+    return (
+        one.edge_index.shape == other.edge_index.shape
+        and np.array_equal(one.edge_index, other.edge_index)
+        and np.array_equal(one.numbers, other.numbers)
+        and np.array_equal(one.unit_shifts, other.unit_shifts)
+        and np.array_equal(one.cell, other.cell)
+        and np.array_equal(one.pbc, other.pbc)
+    )
+
+
+def move(batch: Batch, graph: Graph) -> None:
+    """Give a batch of one structure the positions of `graph`; all its other tensors stay the same objects."""
+    old = batch.tensors["positions"]
+    batch.tensors["positions"] = torch.as_tensor(graph.positions).to(device=old.device, dtype=old.dtype)
+
+
 def check_elements(numbers: IntArray, elements: Sequence[int], where: str) -> None:
     """Raise a DataError that names `where` and the first element the backbone lacks."""
     for number in numbers:

@@ -3,8 +3,8 @@
 It imports them without their side effects, builds a network from a readable config, reads that config off a live
 network, and tells what a module is. A second family of backbones is a second file like this one.
 
-mace-torch 0.3.16, when imported, switches torch's safe loading off for the whole process (by an environment variable),
-prints, and needs that for e3nn 0.4.4, whose constants hold a pickled `slice`. Import it through `mace_modules()`; then none of this is left behind.
+mace-torch 0.3.16, when imported, prints, and switches torch's safe loading off for the whole process by an environment
+variable, for the sake of a `slice` in e3nn's constants. Import it through `mace_modules()`, which leaves none of this.
 """
 
 from __future__ import annotations

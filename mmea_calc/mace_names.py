@@ -18,9 +18,7 @@ ASL = "Academic Software License (no commercial use), https://github.com/gabor1/
 _OFF = "wB97M-D3(BJ)/def2-TZVPPD"
 _OFF_ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
 _OFF24 = "https://github.com/ACEsuit/mace-off/blob/main/mace_off24/MACE-OFF24_medium.model?raw=true"
-_OMOL = (
-    "https://github.com/ACEsuit/mace-foundations/releases/download/mace_omol_0/MACE-omol-0-extra-large-1024.model"
-)
+_OMOL = "https://github.com/ACEsuit/mace-foundations/releases/download/mace_omol_0/MACE-omol-0-extra-large-1024.model"
 _ANICC = "https://github.com/ACEsuit/mace/raw/main/mace/calculators/foundations_models/ani500k_large_CC.model"
 
 

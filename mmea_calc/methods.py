@@ -24,9 +24,9 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from ._e3nn import FullyConnectedNet, o3
 from torch import Tensor, nn
 
+from ._e3nn import FullyConnectedNet, o3
 from .config import AdapterConfig
 from .errors import AdapterError
 from .mace_bridge import is_bessel, is_contraction, is_untrained

@@ -7,6 +7,7 @@ Figures are objects of their own: nothing here touches pyplot or matplotlib's gl
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,10 +83,10 @@ def learning_curve(
         (forces, "valid_forces_mae_meV_per_A", "Forces MAE (meV/Å)", BLUE),
     ):
         best = _curve(axes, rows, column, "validation", colour, name_best=True)
-        if zero_shot is not None and column in zero_shot:
-            value = float(zero_shot[column])
-            axes.axhline(value, color=GREY, linestyle="--", label=f"backbone alone ({_number(value)})")
-        _finish(axes, "Epoch", f"Validation: {quantity}", legend=best or zero_shot is not None)
+        bare = float((zero_shot or {}).get(column, math.nan))
+        if best and math.isfinite(bare):
+            axes.axhline(bare, color=GREY, linestyle="--", label=f"backbone alone ({_number(bare)})")
+        _finish(axes, "Epoch", f"Validation: {quantity}")
     return _save(figure, Path(path))
 
 
@@ -202,6 +203,8 @@ def _curve(
     name_best: bool = False,
 ) -> bool:
     """One line with a logarithmic axis where the values allow it. Returns whether there was something to draw."""
+    from matplotlib.ticker import MaxNLocator
+
     epochs, values = _column(rows, column)
     if not values.size or not np.any(values):
         return False
@@ -209,14 +212,22 @@ def _curve(
         label = f"{label} (best: {_number(float(values.min()))})"
     mark = "o" if values.size < 30 else None
     axes.plot(epochs, values, color=colour, label=label, linewidth=1.5, marker=mark, markersize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if values.min() > 0:
         axes.set_yscale("log")
         # Plain numbers: 0.5 and 20 read better than powers of ten over the one or two decades of a training.
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        crowded = values.max() > 30 * values.min()
-        axes.yaxis.set_minor_formatter(lambda y, _: "" if crowded else f"{y:g}")
+        axes.yaxis.set_minor_formatter(lambda y, _: _minor_label(y, *axes.get_ylim()))
         axes.tick_params(axis="y", which="minor", labelsize=8)
     return True
+
+
+def _minor_label(value: float, low: float, high: float) -> str:
+    """Label of a tick between two powers of ten: the fewer, the more decades there are."""
+    digit = round(value / 10.0 ** math.floor(math.log10(value)))
+    decades = math.log10(high / low)
+    shown = (2, 3, 4, 5, 6, 8) if decades < 0.9 else (2, 5) if decades < 2.5 else ()
+    return f"{value:g}" if digit in shown else ""
 
 
 def _number(value: float) -> str:

@@ -26,7 +26,8 @@ SHORTEST_DISTANCE_A = 0.3
 # No chemical bond but H2's (0.74 A) and its like is shorter, so looking this far finds every distance to worry about,
 # and stays cheap for dense crystals.
 _SEARCH_DISTANCE_A = 1.6
-# In units of the robust standard deviation. Molecules at 300-1200 K reach 3 (energies) and 7 (forces).
+# In units of the robust standard deviation. Samples of 60 frames of single molecules at 300-1200 K
+# reach 3 (energies) and 6 (forces); structures squeezed or displaced on purpose go beyond, and are named.
 _ENERGY_OUTLIER = 10.0
 _FORCE_OUTLIER = 15.0
 _NET_FORCE_PER_ATOM = 0.01

@@ -243,11 +243,13 @@ def _with_residual(chosen: ReferenceEnergies, problem: _Problem, backbone: HasAt
         shift, _ = problem.fit(start)
         best = 1000.0 * float(np.abs(start - (problem.counts / problem.n_atoms[:, None]) @ shift).mean())
         # The best shift tells the two causes apart: it cures wrong reference energies, but not wrong units.
-        cause = (
-            f"'estimated' would leave {best:.1f}, so the reference energies are of another level of theory"
-            if best < MISMATCH_MEV_PER_ATOM and chosen.method != "estimated"
-            else "no shift of reference energies mends it, so look at the units, and whether the backbone fits the data"
-        )
+        cause = "no shift of reference energies mends it, so look at the units, and whether the backbone fits the data"
+        if chosen.method == "average":
+            cause = (
+                "averages hold the energy of the bonds, which the backbone's interaction energies count a second time"
+            )
+        elif chosen.method != "estimated" and best < MISMATCH_MEV_PER_ATOM:
+            cause = f"'estimated' would leave {best:.1f}, so the reference energies are of another level of theory"
         warnings.append(
             f"before training, energies are off by {mev:.0f} meV/atom (expected below {MISMATCH_MEV_PER_ATOM:.0f}): a "
             f"probable mismatch of reference energies or units; {cause}"

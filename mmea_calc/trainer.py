@@ -93,8 +93,9 @@ class Samples:
 class Averages:
     """Exponential moving averages of parameters; the memory is short at first: min(decay, (1 + n) / (10 + n))."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = list(parameters), decay
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.parameters: list[Tensor] = list(parameters)
         self.values = [p.detach().clone() for p in self.parameters]
         self.updates = 0
 
@@ -190,7 +191,7 @@ class Trainer:
         self.potential, self.adapter, self.config = potential, adapter, config
         self.train, self.valid = train, valid
         self.checkpoint, self.progress = checkpoint, progress
-        self.parameters = adapter.parameters()
+        self.parameters: list[Tensor] = list(adapter.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay, amsgrad=config.amsgrad
         )
@@ -281,9 +282,7 @@ class Trainer:
             batch, stress=self.config.stress_weight > 0 and self.train.has_stress, training=True
         )
         energy_weight, forces_weight = stage_weights(self.config, stage)
-        loss = batch_loss(
-            prediction, labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight
-        )
+        loss = batch_loss(prediction, labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight)
         gradients = torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Block:
 
 class Update(nn.Module):
     """W + change(); W itself, the same tensor, while switched off."""
+
+    label: ClassVar[str]  # for lists of what trains
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +50,8 @@ class LowRank(Update):
         alpha: scale.
         generator: source of the initial values.
     """
+
+    label = "low rank"
 
     def __init__(
         self,
@@ -72,6 +77,8 @@ class LowRank(Update):
 
 class Dense(Update):
     """W + D, every entry free, D = 0 at the start: what training the tensor itself amounts to."""
+
+    label = "dense"
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -96,7 +96,8 @@ def ethanol() -> Atoms:
 def crystal() -> Atoms:
     """Two atoms in a sheared cell smaller than the cutoff, so that edges cross it several times."""
     atoms = bulk("C", "diamond", a=3.4)
-    atoms.set_cell(atoms.cell.array @ (np.eye(3) + [[0.02, 0.03, 0], [0, -0.01, 0.02], [0.01, 0, 0.03]]), True)
+    strain = np.array([[0.02, 0.03, 0], [0, -0.01, 0.02], [0.01, 0, 0.03]])
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
     atoms.numbers[1] = 8
     atoms.rattle(0.05, seed=4)
     return atoms

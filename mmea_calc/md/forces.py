@@ -1,0 +1,143 @@
+"""A `Potential` as the force field of a batch of replicas: tensors are made once, a step renews positions and edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..graph import Batch, build_graph
+from ..potential import Potential
+from .neighbours import SKIN, Neighbours, Pairs
+from .state import Layout
+
+
+class ReplicaForces:
+    """Energies and forces of all replicas in one call of the network.
+
+    Args:
+        potential: backbone, with or without an adapter.
+        layout: the replicas.
+        skin: of the neighbour lists, A.
+
+    Attributes:
+        pairs, distances2: candidates of the latest call, and their squared distances, A^2.
+
+    Raises:
+        DataError: a start structure that the backbone cannot take.
+    """
+
+    def __init__(self, potential: Potential, layout: Layout, skin: float = SKIN) -> None:
+        self.potential, self.layout = potential, layout
+        r_max = potential.backbone.r_max
+        graphs = [build_graph(r.atoms, r_max) for r in layout.replicas]
+        self.batch = potential.collate(graphs)
+        self.neighbours = Neighbours(layout, r_max, skin)
+        self.pairs: Pairs
+        self.distances2: Tensor
+        device, owner = layout.device, layout.owner
+        cells = torch.as_tensor(np.stack([g.cell for g in graphs])).to(device)
+        self._cell, self._inverse = cells[owner], torch.linalg.inv(cells)[owner]
+        self._pbc = torch.as_tensor(np.stack([g.pbc for g in graphs])).to(device)[owner]
+        self._count = torch.tensor(layout.atoms_per_replica, dtype=torch.float64, device=device)[:, None]
+        self._any_periodic = bool(self._pbc.any())
+        self._all_periodic = bool(self._pbc.all())
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (n_atoms, 3), A -> total energies (n_replicas,), eV, forces (n_atoms, 3), eV/A; float64."""
+        self._move(positions)
+        prediction = self.potential.predict(self.batch)
+        assert prediction.forces is not None
+        return prediction.energy, prediction.forces.double()
+
+    def bare(self) -> Tensor:
+        """Forces of the backbone without its adapter at the positions of the latest call, (n_atoms, 3), eV/A."""
+        with self.potential.adapter_disabled():
+            prediction = self.potential.predict(self.batch)
+        assert prediction.forces is not None
+        return prediction.forces.double()
+
+    def _move(self, positions: Tensor) -> None:
+        pairs = self.neighbours.candidates(positions)
+        distances2 = pairs.distances2(positions)
+        edges = pairs[distances2 < self.neighbours.r_max**2]
+        self.pairs, self.distances2 = pairs, distances2
+        near, unit_shifts = self._near_the_origin(positions, edges)
+        old = self.batch.tensors
+        if not self._any_periodic:
+            shifts = unit_shifts
+        else:
+            shifts = torch.einsum("ei,eij->ej", unit_shifts, self._cell[edges.index[0]])
+        tensors = {
+            "positions": near.to(old["positions"].dtype),
+            "edge_index": edges.index,
+            "shifts": shifts.to(old["shifts"].dtype),
+            "unit_shifts": unit_shifts.to(old["unit_shifts"].dtype),
+        }
+        # All other tensors stay the same objects: what the network keeps for them remains valid.
+        self.batch = Batch({**old, **tensors}, self.batch.numbers, self.batch.atoms_per_graph)
+
+    def _near_the_origin(self, positions: Tensor, edges: Pairs) -> tuple[Tensor, Tensor]:
+        """Positions where single precision serves them best, and the shifts of the edges that go with them.
+
+        A function of the positions alone, so that a resumed run sees the same bits.
+        """
+        if not self._any_periodic:
+            middle = self.layout.sum(positions) / self._count
+            return positions - middle[self.layout.owner], edges.unit_shifts
+        fractional = torch.einsum("ai,aij->aj", positions, self._inverse)
+        lattice = torch.where(self._pbc, torch.floor(fractional), 0.0)
+        moved = lattice
+        if not self._all_periodic:
+            middle = (self.layout.sum(fractional) / self._count)[self.layout.owner]
+            moved = torch.where(self._pbc, lattice, middle)
+        near = positions - torch.einsum("ai,aij->aj", moved, self._cell)
+        sender, receiver = edges.index
+        return near, edges.unit_shifts + lattice[receiver] - lattice[sender]
+
+    # -- for the monitor -----------------------------------------------------------------------------------------
+
+    def closest(self) -> Tensor:
+        """Smallest distance of two atoms over the sum of their covalent radii, per replica, at the latest call."""
+        ratios = torch.sqrt(self.distances2) / self.pairs.radii
+        start = torch.full((self.layout.n_replicas,), torch.inf, dtype=torch.float64, device=ratios.device)
+        return start.scatter_reduce_(0, self.pairs.owner, ratios, "amin")
+
+    def n_closer(self, ratio: float) -> Tensor:
+        """Number of pairs, each counted once, closer than `ratio` times the sum of their radii, per replica."""
+        close = (self.distances2 < (ratio * self.pairs.radii) ** 2).double()
+        zeros = torch.zeros(self.layout.n_replicas, dtype=torch.float64, device=close.device)
+        return zeros.index_add_(0, self.pairs.owner, close) / 2
+
+    def bonds(self, ratio: float) -> Pairs:
+        """The pairs within `ratio` times the sum of their radii at the latest call, each once."""
+        close = self.distances2 < (ratio * self.pairs.radii) ** 2
+        sender, receiver = self.pairs.index
+        # An atom can be bound to its own image: of the two directions the one with the first positive shift stays.
+        shift = self.pairs.unit_shifts
+        sign = torch.sign(shift[:, 0] * 9 + torch.sign(shift[:, 1]) * 3 + torch.sign(shift[:, 2]))
+        first = (sender < receiver) | ((sender == receiver) & (sign > 0))
+        return self.pairs[close & first]
+
+    @contextmanager
+    def watching_gates(self) -> Iterator[list[Tensor]]:
+        """Within this context a call leaves, for every calibrated gate, its largest excess per replica in the list."""
+        adapter = self.potential.adapter
+        found: list[Tensor] = []
+
+        def look(gate: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with torch.no_grad():
+                excess = gate.excess(inputs[0])
+                if excess.shape == self.layout.owner.shape:  # a layer of atoms; others are not the replicas'
+                    found.append(self.layout.largest(excess.double()))
+
+        gates = [g for g in adapter.gates.values() if g.calibrated] if adapter is not None else []
+        hooks = [gate.register_forward_pre_hook(look) for gate in gates]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,142 @@
+"""Pairs of atoms that may be within the cutoff, kept from step to step; each step picks those that are.
+
+A small molecule's candidates are all its pairs, for ever. Otherwise they are the pairs within cutoff + skin, found
+anew when an atom of the replica has moved half the skin: no pair can have come inside unseen.
+
+Positions are never wrapped, so a pair's lattice shift stays what it is. Candidates are sorted by sender, receiver and
+shift: the edges of a step depend on its positions only, not on when the list was made, and a resumed run repeats an
+uninterrupted one to the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import covalent_radii
+from torch import Tensor
+
+from ..graph import FloatArray, IntArray, build_graph
+from .state import Layout
+
+# Up to this many atoms all pairs are cheaper than a list.
+ALL_PAIRS = 64
+SKIN = 1.0  # A
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Ordered pairs (every pair both ways).
+
+    Attributes:
+        index: sender and receiver, (2, n_pairs), int64.
+        unit_shifts: lattice vectors crossed, (n_pairs, 3), float64.
+        shifts: the same in A.
+        radii: sum of the covalent radii, A, (n_pairs,).
+        owner: replica, (n_pairs,).
+    """
+
+    index: Tensor
+    unit_shifts: Tensor
+    shifts: Tensor
+    radii: Tensor
+    owner: Tensor
+
+    def distances2(self, positions: Tensor) -> Tensor:
+        """Squared distances, A^2, (n_pairs,)."""
+        sender, receiver = self.index
+        vectors = positions[receiver] - positions[sender] + self.shifts
+        return (vectors * vectors).sum(1)
+
+    def __getitem__(self, which: Tensor) -> Pairs:
+        """Those of a mask or of indices."""
+        if which.dtype == torch.bool:
+            which = which.nonzero().squeeze(1)
+        rest = (t[which] for t in (self.unit_shifts, self.shifts, self.radii, self.owner))
+        return Pairs(self.index[:, which], *rest)
+
+
+class Neighbours:
+    """Candidates of all replicas.
+
+    Args:
+        layout: the replicas; their cells and periodic directions are those of their start structures.
+        r_max: cutoff, A.
+        skin: A.
+    """
+
+    def __init__(self, layout: Layout, r_max: float, skin: float = SKIN) -> None:
+        self.layout, self.r_max, self.skin = layout, r_max, skin
+        self._listed = [bool(any(r.atoms.pbc)) or len(r.atoms) > ALL_PAIRS for r in layout.replicas]
+        self._parts: list[tuple[IntArray, FloatArray, FloatArray]] = [
+            _all_pairs(len(r.atoms)) if not listed else _no_pairs()
+            for r, listed in zip(layout.replicas, self._listed, strict=True)
+        ]
+        self._made_at: Tensor | None = None
+        self._pairs: Pairs | None = None
+        self.n_builds = 0
+
+    def candidates(self, positions: Tensor) -> Pairs:
+        """Every pair within the cutoff at these positions, and some beyond."""
+        if not any(self._listed):
+            if self._pairs is None:
+                self._pairs = self._join()
+            return self._pairs
+        if self._made_at is None:
+            self._renew(positions, [i for i, listed in enumerate(self._listed) if listed])
+            self._made_at = positions.clone()
+        else:
+            moved = self.layout.largest(((positions - self._made_at) ** 2).sum(1)) > (0.5 * self.skin) ** 2
+            stale = [i for i in moved.nonzero().squeeze(1).tolist() if self._listed[i]]
+            if stale:
+                self._renew(positions, stale)
+                self._made_at = torch.where(moved[self.layout.owner][:, None], positions, self._made_at)
+        assert self._pairs is not None
+        return self._pairs
+
+    def _renew(self, positions: Tensor, which: list[int]) -> None:
+        parts = [p.numpy() for p in self.layout.split(positions.cpu())]
+        for i in which:
+            self._parts[i] = _pairs_within(self.layout.replicas[i].atoms, parts[i], self.r_max + self.skin)
+            self.n_builds += 1
+        self._pairs = self._join()
+
+    def _join(self) -> Pairs:
+        layout, device = self.layout, self.layout.device
+        offsets = np.concatenate([[0], np.cumsum(layout.atoms_per_replica)])
+        numbers = np.concatenate([r.atoms.numbers for r in layout.replicas])
+        index = np.concatenate([p[0] + o for p, o in zip(self._parts, offsets[:-1], strict=True)], axis=1)
+        radii = covalent_radii[numbers]
+        arrays = (
+            index,
+            np.concatenate([p[1] for p in self._parts]),
+            np.concatenate([p[2] for p in self._parts]),
+            radii[index[0]] + radii[index[1]],
+            np.repeat(np.arange(layout.n_replicas), [p[0].shape[1] for p in self._parts]),
+        )
+        return Pairs(*(torch.as_tensor(a).to(device) for a in arrays))
+
+
+def _no_pairs() -> tuple[IntArray, FloatArray, FloatArray]:
+    return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3)), np.zeros((0, 3))
+
+
+def _all_pairs(n_atoms: int) -> tuple[IntArray, FloatArray, FloatArray]:
+    index = np.stack(np.nonzero(~np.eye(n_atoms, dtype=bool))).astype(np.int64)
+    return index, np.zeros((index.shape[1], 3)), np.zeros((index.shape[1], 3))
+
+
+def _pairs_within(start: Atoms, positions: FloatArray, cutoff: float) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Pairs, unit shifts and shifts for positions as they are, outside of the cell or not."""
+    graph = build_graph(Atoms(start.numbers, positions, cell=start.cell, pbc=start.pbc), cutoff)
+    # The graph's positions are wrapped: take back the lattice vectors by which each atom was moved.
+    cells = np.round((positions - graph.positions) @ np.linalg.inv(graph.cell)) * graph.pbc
+    sender, receiver = graph.edge_index
+    unit_shifts = graph.unit_shifts - cells[receiver] + cells[sender]
+    order = np.lexsort((*unit_shifts.T[::-1], receiver, sender))
+    unit_shifts = unit_shifts[order] + 0.0  # no minus zero
+    # summed in this order whatever the number of pairs, which a matrix product would not promise
+    shifts = sum(unit_shifts[:, i : i + 1] * graph.cell[i] for i in range(3))
+    return graph.edge_index[:, order], unit_shifts, np.asarray(shifts)

@@ -1,0 +1,81 @@
+"""The command line of the recipe: arguments -> one call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import MMEAError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The three commands and their options."""
+    from .train import PretrainConfig
+
+    defaults = PretrainConfig()
+    top = argparse.ArgumentParser(prog="python -m mmea_calc.pretrain", description="Make a backbone of one's own.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    label = commands.add_parser("label", help="PBE/def2-SVP labels with PySCF, one file per structure; resumable")
+    label.add_argument("--data", type=Path, required=True, help="folder with train-*.npz to draw geometries from")
+    label.add_argument("--out", type=Path, required=True, help="folder for the labelled structures")
+    label.add_argument("--worker", type=int, default=0, help="number of this process, from 0")
+    label.add_argument("--of", type=int, default=1, help="number of processes that share the work")
+    label.add_argument("--minutes", type=float, default=None, help="stop after so long")
+    label.add_argument("--limit", type=int, default=None, help="stop after so many structures")
+    label.add_argument("--max-heavy", type=int, default=7, help="largest number of heavy atoms")
+    label.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
+    label.add_argument("--atoms", action="store_true", help="label isolated atoms instead: writes OUT/e0.json")
+
+    pack = commands.add_parser("pack", help="labelled structures -> train-0.npz, valid.npz, e0.json, level.txt")
+    pack.add_argument("raw", type=Path, help="folder that `label` filled")
+    pack.add_argument("--out", type=Path, required=True)
+    pack.add_argument("--e0", type=Path, default=None, help="energies of isolated atoms (default: RAW/e0.json)")
+    pack.add_argument("--valid-fraction", type=float, default=0.1)
+
+    train = commands.add_parser("train", help="one stage of training; time-boxed and resumable")
+    train.add_argument(
+        "--data", type=Path, required=True, help="folder with train-*.npz, valid.npz, e0.json, level.txt"
+    )
+    train.add_argument("--out", type=Path, required=True, help="folder for NAME.safetensors, NAME.json and resume.pt")
+    train.add_argument("--name", required=True, help="of the backbone that is made")
+    train.add_argument("--start", default=None, help="backbone to start from (second stage); default: random weights")
+    train.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt")
+    for setting in fields(defaults):
+        value = getattr(defaults, setting.name)
+        kind: Any = {"steps": int, "device": str}.get(setting.name, type(value))
+        train.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=value, help=f"default: {value}")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 1 for a failure told in one line."""
+    options = vars(parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        if command == "train":
+            from .train import PretrainConfig, pretrain
+
+            settings = PretrainConfig(**{f.name: options.pop(f.name) for f in fields(PretrainConfig)})
+            print(pretrain(settings=settings, progress=lambda line: print(line, flush=True), **options))
+        else:
+            from . import label
+
+            if command == "pack":
+                for name, count in label.pack(options.pop("raw"), **options).items():
+                    print(f"{name}: {count} structures")
+            elif options.pop("atoms"):
+                print(label.label_atoms(options["out"]))
+            else:
+                label.label(progress=lambda line: print(line, flush=True), **options)
+    except MMEAError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

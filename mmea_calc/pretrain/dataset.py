@@ -1,0 +1,151 @@
+"""Packed sets of molecules, wholly on one device, and batches of them with all pairs within the cutoff.
+
+A set is a folder: train-*.npz and valid.npz with `numbers` (atoms), `n_atoms` (structures), `positions` (atoms, 3; A),
+`forces` (atoms, 3; eV/A), `energy` (structures; eV, total); e0.json, energies of isolated atoms (eV); level.txt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+_KEYS = ("numbers", "n_atoms", "positions", "forces", "energy")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch: what the network takes, and what it should give.
+
+    Attributes:
+        inputs: positions (n_atoms, 3), node_attrs (n_atoms, n_elements), edge_index (2, n_edges), ...
+        energy: interaction energies, (n_graphs,), eV.
+        forces: (n_atoms, 3), eV/A.
+        n_atoms: (n_graphs,).
+    """
+
+    inputs: dict[str, Tensor]
+    energy: Tensor
+    forces: Tensor
+    n_atoms: Tensor
+
+
+class PackedSet:
+    """Structures of one or more packed files on one device, in float32.
+
+    Args:
+        files: .npz files.
+        e0: energies of isolated atoms by atomic number, eV; energies become interaction energies with them.
+        elements: atomic numbers in the order of the network's one-hot encoding.
+        device: where everything is kept.
+        limit: take so many structures only.
+
+    Raises:
+        DataError: a file is missing or lacks a key, sizes do not match, or an element is not in `elements` or `e0`.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        e0: dict[int, float],
+        elements: Sequence[int],
+        device: torch.device,
+        limit: int | None = None,
+    ) -> None:
+        arrays = _read(files)
+        n_atoms = arrays["n_atoms"].astype(np.int64)[:limit]
+        last = int(n_atoms.sum())
+        numbers = arrays["numbers"].astype(np.int64)[:last]
+        if unknown := sorted(set(numbers.tolist()) - (set(elements) & set(e0))):
+            raise DataError(f"{files[0].parent} has elements {unknown} that the network or e0.json lacks")
+        starts = np.concatenate([[0], np.cumsum(n_atoms)])
+        atom_energy = np.array([e0.get(z, 0.0) for z in range(120)])[numbers]
+        interaction = arrays["energy"].astype(np.float64)[:limit] - np.add.reduceat(atom_energy, starts[:-1])
+        position_in = {z: k for k, z in enumerate(elements)}
+        self.device = device
+        self.n_elements = len(elements)
+        self.elements = self._tensor(np.array([position_in[z] for z in numbers.tolist()]), torch.long)
+        self.n_atoms = self._tensor(n_atoms, torch.long)
+        self.starts = self._tensor(starts, torch.long)
+        self.positions = self._tensor(arrays["positions"][:last], torch.float32)
+        self.forces = self._tensor(arrays["forces"][:last], torch.float32)
+        self.energy = self._tensor(interaction, torch.float32)
+
+    def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values).to(self.device, dtype)
+
+    def __len__(self) -> int:
+        return len(self.n_atoms)
+
+    def batch(self, chosen: Tensor, r_max: float) -> Sample:
+        """Structures `chosen` (their numbers, on the device) with every pair of atoms within `r_max` (A)."""
+        n = self.n_atoms[chosen]
+        n_graphs, widest = len(chosen), int(n.max())
+        slot = torch.arange(widest, device=self.device)
+        filled = slot < n[:, None]
+        atoms = (self.starts[chosen][:, None] + slot)[filled]
+        padded = self.positions.new_zeros(n_graphs, widest, 3)
+        padded[filled] = self.positions[atoms]
+        distance2 = (padded[:, :, None] - padded[:, None]).square().sum(-1)
+        pair = (distance2 < r_max**2) & filled[:, :, None] & filled[:, None] & (slot[:, None] != slot)
+        graph, sender, receiver = pair.nonzero(as_tuple=True)
+        ptr = torch.cat([n.new_zeros(1), n.cumsum(0)])
+        edges = torch.stack([ptr[graph] + sender, ptr[graph] + receiver])
+        zeros = self.positions.new_zeros(edges.shape[1], 3)
+        inputs = {
+            "positions": self.positions[atoms].clone(),
+            "node_attrs": torch.nn.functional.one_hot(self.elements[atoms], self.n_elements).to(self.positions.dtype),
+            "edge_index": edges,
+            "shifts": zeros,
+            "unit_shifts": zeros,
+            "cell": self.positions.new_zeros(3 * n_graphs, 3),
+            "ptr": ptr,
+            "head": torch.zeros(n_graphs, dtype=torch.long, device=self.device),
+            "batch": torch.repeat_interleave(torch.arange(n_graphs, device=self.device), n),
+        }
+        return Sample(inputs, self.energy[chosen], self.forces[atoms], n)
+
+    def mean_neighbours(self, r_max: float, n_structures: int = 500) -> float:
+        """Average number of neighbours within `r_max` over evenly chosen structures."""
+        count = min(n_structures, len(self))
+        chosen = torch.linspace(0, len(self) - 1, count, device=self.device).long()
+        samples = [self.batch(part, r_max) for part in chosen.split(100)]
+        return sum(s.inputs["edge_index"].shape[1] for s in samples) / sum(len(s.forces) for s in samples)
+
+
+def _read(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The arrays of several files, one after the other. Raises DataError."""
+    if not files:
+        raise DataError("no packed set found; expected train-*.npz and valid.npz in the folder")
+    parts: list[dict[str, np.ndarray]] = []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                parts.append({key: content[key] for key in _KEYS})
+        except (OSError, ValueError, KeyError, BadZipFile) as problem:
+            raise DataError(f"{file} is not a packed set with {', '.join(_KEYS)} ({problem})") from problem
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in _KEYS}
+    n_atoms = int(arrays["n_atoms"].astype(np.int64).sum())
+    if {len(arrays[k]) for k in ("numbers", "positions", "forces")} != {n_atoms}:
+        raise DataError(f"{files[0].parent}: n_atoms sums to {n_atoms}, but the arrays per atom have other lengths")
+    if len(arrays["energy"]) != len(arrays["n_atoms"]):
+        raise DataError(f"{files[0].parent}: {len(arrays['energy'])} energies for {len(arrays['n_atoms'])} structures")
+    return arrays
+
+
+def read_e0(folder: Path) -> dict[int, float]:
+    """Energies of isolated atoms, eV, of a set. Raises DataError."""
+    file = folder / "e0.json"
+    try:
+        return {int(z): float(energy) for z, energy in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as problem:
+        raise DataError(f"{file} should map atomic numbers to energies in eV ({problem})") from problem

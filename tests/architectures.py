@@ -1,0 +1,48 @@
+"""Small networks of every shape that mace-torch's published backbones have."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+from conftest import random_network
+from torch import nn
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "agnostic": {},
+    "density": dict(
+        interaction_cls_first="RealAgnosticDensityInteractionBlock",
+        interaction_cls="RealAgnosticDensityResidualInteractionBlock",
+    ),
+    "agnesi": dict(distance_transform="Agnesi"),
+    "zbl": dict(pair_repulsion=True, distance_transform="Agnesi"),
+    "heads": dict(
+        heads=["low", "high"],
+        atomic_energies=[[0.0, 0.0, 0.0], [0.1, 0.2, 0.3]],
+        atomic_inter_scale=[1.1, 0.9],
+        atomic_inter_shift=[0.1, -0.1],
+    ),
+    "correlation-1": dict(correlation=1),
+    "correlation-2": dict(correlation=2),
+    "correlation-3-then-2": dict(correlation=[3, 2]),
+    "L=0": dict(hidden_irreps="4x0e"),
+    "L=2": dict(hidden_irreps="3x0e + 3x1o + 3x2e"),
+    "agnostic-product": dict(use_agnostic_product=True),
+    "one-interaction": dict(num_interactions=1),
+    "last-readout-only": dict(use_last_readout_only=True),
+    "nonlinear": dict(
+        interaction_cls_first="RealAgnosticResidualNonLinearInteractionBlock",
+        interaction_cls="RealAgnosticResidualNonLinearInteractionBlock",
+    ),
+}
+
+
+@lru_cache(maxsize=None)
+def _built(name: str) -> nn.Module:
+    return random_network(**ARCHITECTURES[name])
+
+
+def fresh(name: str) -> nn.Module:
+    """A network of this shape that the test may change."""
+    return copy.deepcopy(_built(name))

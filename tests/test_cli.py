@@ -1,0 +1,297 @@
+"""The command line: exit codes, one-line errors, help without torch, and where a setting's value comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from conftest import ROOT
+from mmea_calc.config import AdapterConfig, TrainConfig
+from mmea_calc.recipes import RECIPES
+from mmea_calc.trainer import ProgressEvent
+from mmea_cli.finetune import OTHER_OPTIONS
+from mmea_cli.main import app
+from mmea_cli.progress import TrainingDisplay, duration, plain_line
+from mmea_cli.settings import Settings, resolve
+
+DATA = ROOT / "examples" / "data" / "aspirin"
+HEAVY = ("torch", "ase", "mace", "e3nn", "matplotlib", "h5py", "numpy", "scipy")
+
+
+def mmea(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
+
+
+def settings(config: Path | None = None, **flags: Any) -> Settings:
+    return resolve(flags, config, OTHER_OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the smallest kind, trained for one epoch on a few structures by the command itself."""
+    folder = tmp_path_factory.mktemp("run")
+    frames = (DATA / "train.xyz").read_text().splitlines(keepends=True)
+    (folder / "train.xyz").write_text("".join(frames[: 6 * 23]))
+    (folder / "config.yaml").write_text("method: gates\ngate-rank: 2\nlr: 1e-3\nepochs: 50\nbatch_size: 1\n")
+    path = folder / "tiny.adapter"
+    result = mmea("finetune", folder / "train.xyz", DATA / "isolated_atoms.xyz", "-o", path, "--epochs", 2,
+                  "--valid-fraction", 0.4, "--config", folder / "config.yaml")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (folder / "output.txt").write_text(result.output)
+    return path
+
+
+# Help, version, exit codes
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["evaluate", "-h"], ["backbone", "--help"]])
+def test_help_answers(arguments: list[str]) -> None:
+    result = mmea(*arguments)
+    assert result.exit_code == 0
+    assert "Usage: mmea" in result.output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from mmea_cli.main import app; "
+        "CliRunner().invoke(app, ['finetune', '--help']); "
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "mmea_cli", "no-such-command"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "No such command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["finetune"],
+        ["finetune", "x.xyz", "--phi", "sin"],
+        ["finetune", "x.xyz", "--epochs", "many"],
+        ["finetune", "x.xyz", "--recipe", "pasta"],
+        ["finetune", "x.xyz", "--no-such-option"],
+        ["backbone", "no-such-command"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert mmea(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "nowhere.adapter"],
+        ["evaluate", "nowhere.adapter", DATA / "test.xyz"],
+        ["finetune", "nowhere.xyz"],
+        ["finetune", "nowhere.xyz", "--config", "nowhere.yaml"],
+        ["backbone", "show", "no-such-backbone"],
+    ],
+)
+def test_failures_are_one_line_on_stderr_and_exit_with_1(arguments: list[object]) -> None:
+    result = mmea(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("mmea: ")
+    assert re.search(r"nowhere|no-such-backbone", result.stderr)
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmea_calc.adapter_file.read_adapter", interrupt)
+    result = mmea("info", "x.adapter")
+    assert result.exit_code == 130
+    assert result.stderr == "mmea: interrupted\n"
+
+
+def test_a_bug_is_not_disguised_as_a_failure_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mmea_calc.adapter_file.read_adapter", fail)
+    assert isinstance(mmea("info", "x.adapter").exception, ZeroDivisionError)
+
+
+# Settings
+
+
+def test_without_flags_the_defaults_of_the_library_apply() -> None:
+    chosen = settings(epochs=None, method=None)
+    assert (chosen.adapter, chosen.training) == (AdapterConfig(), TrainConfig())
+
+
+def test_no_option_of_finetune_repeats_a_default() -> None:
+    command = get_command(app).commands["finetune"]  # type: ignore[attr-defined]
+    options = [p for p in command.params if p.name not in ("train", "help")]
+    assert len(options) > 25
+    assert [p.name for p in options if p.default is not None] == []
+
+
+def test_every_option_of_finetune_reaches_a_setting() -> None:
+    fields = {*AdapterConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__, *OTHER_OPTIONS}
+    command = get_command(app).commands["finetune"]  # type: ignore[attr-defined]
+    assert {p.name for p in command.params} - {"train", "config", "help"} <= fields
+
+
+def test_a_flag_wins_over_the_file_which_wins_over_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("recipe: paper\nlr: 0.02\nepochs: 7\n")
+    training = settings(file, epochs=3).training
+    assert (training.epochs, training.lr) == (3, 0.02)
+    assert training.forces_weight == RECIPES["paper"]["forces_weight"] != TrainConfig().forces_weight
+
+
+def test_a_flag_equal_to_the_default_still_wins(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 5\nsaturate: false\n")
+    chosen = settings(file, seed=0, saturate=True)
+    assert (chosen.training.seed, chosen.adapter.seed, chosen.adapter.saturate) == (0, 0, True)
+
+
+def test_keys_of_the_file_are_option_names_with_hyphens_or_underscores(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("gate-rank: 8\nenergy_weight: 2\nno-saturate: true\nE0s: {H: -13.6}\nvalid: v.xyz\n")
+    chosen = settings(file)
+    assert (chosen.adapter.gate_rank, chosen.training.energy_weight, chosen.adapter.saturate) == (8, 2.0, False)
+    assert (chosen.options["E0s"], chosen.options["valid"]) == ({"H": -13.6}, Path("v.xyz"))
+
+
+def test_the_file_can_set_what_has_no_flag_and_undo_what_a_recipe_set(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("recipe: paper\nclip_norm: 1e-1\nstage_two_start: null\n")
+    training = settings(file).training
+    assert (training.clip_norm, training.stage_two_start) == (0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown key 'epoch'; known: .*epochs"),
+        ("epochs: 1.5", "epochs must be an integer, got 1.5"),
+        ("epochs: true", "epochs must be an integer, got True"),
+        ("lr: fast", "lr must be a number, got 'fast'"),
+        ("lr: null", "lr must be a number, got None"),
+        ("phi: sin", "phi must be one of 'exp', 'residual', got 'sin'"),
+        ("saturate: 1", "saturate must be true or false, got 1"),
+        ("recipe: pasta", "unknown recipe 'pasta'; known: default, paper"),
+        ("- epochs", "must be a mapping"),
+        ("{", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(typer.BadParameter, match=message):
+        settings(file)
+
+
+# Progress
+
+
+def event(**changes: Any) -> ProgressEvent:
+    values: dict[str, Any] = dict(epoch=3, epochs=20, loss=0.5, energy_loss=0.1, forces_loss=0.4, seconds=6.0)
+    return ProgressEvent(**{**values, "seconds_left": 34.0, **changes})
+
+
+def test_a_log_line_has_epoch_losses_validation_errors_and_time_left() -> None:
+    line = plain_line(event(valid_energy_mae_meV_per_atom=1.234, valid_forces_mae_meV_per_A=45.6))
+    assert line == (
+        "epoch  3/20  loss 0.5 (energy 0.1, forces 0.4)  valid 1.23 meV/atom, 45.6 meV/Å  0:06 gone, 0:34 left"
+    )
+
+
+def test_away_from_a_terminal_only_validations_and_messages_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingDisplay(Console(force_terminal=False)) as display:
+        display(event())
+        display(event(epoch=4, valid_energy_mae_meV_per_atom=1.0))
+        display(ProgressEvent(message="resuming after epoch 4"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch  4/20")
+    assert lines[1] == "resuming after epoch 4"
+
+
+def test_on_a_terminal_a_bar_shows_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingDisplay(Console(force_terminal=True, width=160)) as display:
+        display(event(valid_energy_mae_meV_per_atom=1.234, valid_forces_mae_meV_per_A=45.6))
+        display(event(epoch=4))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    for text in ("4/20", "loss 0.5 (E 0.1, F 0.4)", "valid 1.23 meV/atom, 45.6 meV/Å", "0:34 left"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (75.2, "1:15"), (3725, "1:02:05"), (None, "?")])
+def test_durations_read_like_a_clock(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# Whole commands
+
+
+def test_finetune_reports_backbone_data_parameters_and_errors(adapter: Path) -> None:
+    output = (adapter.parent / "output.txt").read_text()
+    for text in ("mmea-organic-s (fingerprint", "6 (REF_energy)", "Method gates trains", "epoch 2/2", "fine-tuned"):
+        assert text in output
+    assert "backbone alone" in output
+
+
+def test_info_tells_what_the_header_holds(adapter: Path) -> None:
+    header = json.loads(mmea("info", adapter, "--json").stdout)
+    assert header["adapter"]["method"] == "gates"
+    assert header["adapter"]["gate_rank"] == 2
+    assert (header["training"]["epochs"], header["training"]["lr"]) == (2, 0.001)
+    text = mmea("info", adapter).stdout
+    assert f"{header['n_parameters']:,}" in text
+    assert header["fingerprint"][:16] in text
+
+
+def test_evaluate_shows_the_adapter_beside_its_backbone(adapter: Path) -> None:
+    plot, test = adapter.parent / "parity.png", adapter.parent / "test.xyz"
+    lines = (DATA / "test.xyz").read_text().splitlines(keepends=True)
+    test.write_text("".join("".join(lines[23 * i : 23 * (i + 2)]) for i in (0, 10, 20)))
+    printed = mmea("evaluate", adapter, test, "--json", "--plot", plot)
+    assert printed.exit_code == 0, printed.output
+    errors = json.loads(printed.stdout)
+    assert set(errors["adapter"]["by_config_type"]) == {"300K", "600K", "1200K"}
+    assert set(errors["backbone"]["forces_by_element"]) == {"H", "C", "O"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    table = mmea("evaluate", adapter, test, "--batch-size", 4).stdout
+    error = errors["adapter"]["overall"]["forces"]["mae_meV_per_A"]
+    for text in ("1200K", "backbone alone", "meV/atom", f"{error:.2f}"):
+        assert text in table
+
+
+def test_finetune_refuses_an_element_that_the_backbone_lacks_and_writes_nothing(tmp_path: Path) -> None:
+    text = (DATA / "train.xyz").read_text().splitlines(keepends=True)[:23]
+    text[2] = text[2].replace("C", "Fe", 1)
+    (tmp_path / "t.xyz").write_text("".join(text))
+    result = mmea("finetune", tmp_path / "t.xyz", "-o", tmp_path / "a.adapter")
+    assert result.exit_code == 1
+    assert "Fe" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.xyz"]
+
+
+def test_backbone_list_and_show_name_the_embedded_one() -> None:
+    rows = json.loads(mmea("backbone", "list", "--json").stdout)
+    assert {"mmea-organic-s", "mace-off23-medium"} <= {r["name"] for r in rows}
+    shown = json.loads(mmea("backbone", "show", "mmea-organic-s", "--json").stdout)
+    assert shown["n_parameters"] == 325328
+    assert shown["fingerprint"][:16] in mmea("backbone", "show", "mmea-organic-s").stdout

@@ -1,0 +1,263 @@
+"""The magnitude gate: its equations, its symmetry, and how it levels off (arXiv 2511.06696, eqs. 3-8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmea_calc._e3nn import o3
+from mmea_calc.gates import MIN_RANGE_WIDTH, MagnitudeGate, reason_not_gatable
+
+# e3nn 0.4 scripts its layers when they are built outside of mmea; torch finds fault with its annotations.
+pytestmark = pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning")
+
+F64 = torch.float64
+
+
+def linear(irreps_in: str, irreps_out: str, **options: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return o3.Linear(irreps_in, irreps_out, **options).double().requires_grad_(False)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_gate(layer: Any, *, rank: int = 5, std: float = 0.7, **options: Any) -> MagnitudeGate:
+    gate = MagnitudeGate(layer, rank=rank, generator=generator(), **options)
+    with torch.no_grad():
+        for i, parameter in enumerate(gate.parameters()):
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator(i + 1), dtype=F64))
+    return gate
+
+
+def features(irreps: Any, n: int = 7, seed: int = 9) -> Tensor:
+    return torch.randn(n, o3.Irreps(irreps).dim, generator=generator(seed), dtype=F64)
+
+
+def test_a_fresh_gate_is_the_identity_to_the_bit() -> None:
+    layer = linear("6x0e + 4x1o + 2x2e", "3x0e + 5x1o + 2x2e")
+    x = features(layer.irreps_in)
+    for phi in ("exp", "residual"):
+        gate = MagnitudeGate(layer, rank=4, phi=phi, generator=generator())  # type: ignore[arg-type]
+        assert torch.equal(gate(x, layer(x)), layer(x))
+        assert bool(gate.down.weight.any())
+
+
+def test_init_std_spreads_the_shift_head_alone() -> None:
+    layer = linear("400x0e + 4x1o", "300x0e + 5x1o")
+    gate = MagnitudeGate(layer, rank=16, init_std=0.001, generator=generator())
+    assert gate.shift is not None
+    assert gate.gain is not None
+    assert float(gate.shift.weight.detach().std()) == pytest.approx(0.001, rel=0.05)
+    assert not bool(gate.shift.bias.any())
+    assert not bool(gate.gain.weight.any())
+
+
+def test_the_bottleneck_starts_like_a_torch_linear_layer() -> None:
+    layer = linear("100x0e", "4x0e")
+    weight = MagnitudeGate(layer, rank=64, generator=generator()).down.weight.detach()
+    bound = 100**-0.5
+    assert float(weight.abs().max()) <= bound
+    assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("phi", ["exp", "residual"])
+def test_output_follows_the_published_equations(phi: Any) -> None:
+    layer = linear("3x0e + 2x1o", "2x0e + 2x1o + 1x2e")
+    gate = random_gate(layer, rank=4, phi=phi)
+    assert gate.shift is not None
+    assert gate.gain is not None
+    x = features(layer.irreps_in)
+    y = layer(x)
+    z = torch.nn.functional.silu(x[:, :3] @ gate.down.weight.T + gate.down.bias)
+    shift, g = z @ gate.shift.weight.T + gate.shift.bias, z @ gate.gain.weight.T + gate.gain.bias
+    factor = torch.exp(g) if phi == "exp" else 1 + g
+    expected = torch.cat(
+        [y[:, :2] + shift, y[:, 2:5] * factor[:, :1], y[:, 5:8] * factor[:, 1:2], y[:, 8:] * factor[:, 2:]], dim=1
+    )
+    torch.testing.assert_close(gate(x, y), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_every_block_of_even_scalars_feeds_the_gate() -> None:
+    layer = linear("3x0e + 2x0e + 2x1o + 2x0o + 4x0e", "2x0e + 1x1o")
+    gate = random_gate(layer)
+    assert gate.down.in_features == 3 + 2 + 4
+    x = features(layer.irreps_in, 1)[0]
+    dependence = torch.autograd.functional.jacobian(gate.bottleneck, x).abs().sum(0)
+    even = torch.tensor([True] * 5 + [False] * 6 + [False] * 2 + [True] * 4)
+    assert torch.equal(dependence > 0, even)
+
+
+def test_odd_scalars_are_scaled_and_not_shifted() -> None:
+    layer = linear("3x0e + 2x0o", "2x0e + 3x0o")
+    gate = random_gate(layer)
+    assert gate.shift is not None
+    assert gate.gain is not None
+    assert (gate.shift.out_features, gate.gain.out_features) == (2, 3)
+    y = torch.zeros(1, 5, dtype=F64)
+    assert not bool(gate(features(layer.irreps_in, 1), y)[:, 2:].any())
+
+
+def test_heads_without_an_output_are_absent() -> None:
+    assert MagnitudeGate(linear("3x0e + 2x1o", "4x0e"), rank=2).gain is None
+    assert MagnitudeGate(linear("3x0e + 2x1o", "4x1o"), rank=2).shift is None
+
+
+@pytest.mark.parametrize("phi", ["exp", "residual"])
+@pytest.mark.parametrize("improper", [False, True])
+def test_gated_layer_is_equivariant(phi: Any, improper: bool) -> None:
+    layer = linear("3x0e + 2x0o + 2x1o + 2x1e + 1x2e + 2x0e", "2x0e + 3x0o + 2x1o + 1x1e + 2x2e + 1x0e")
+    gate = random_gate(layer, phi=phi)
+    gate.set_range(torch.full((5,), -0.1, dtype=F64), torch.full((5,), 0.2, dtype=F64))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        rotation = o3.rand_matrix(dtype=F64)
+    rotation = -rotation if improper else rotation
+    d_in = o3.Irreps(layer.irreps_in).D_from_matrix(rotation).to(F64)
+    d_out = o3.Irreps(layer.irreps_out).D_from_matrix(rotation).to(F64)
+    x = features(layer.irreps_in)
+    out = gate(x, layer(x))
+    turned = gate(x @ d_in.T, layer(x @ d_in.T))
+    assert not torch.allclose(out, layer(x), atol=1e-2)
+    torch.testing.assert_close(turned, out @ d_out.T, rtol=0, atol=1e-10 * float(out.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("irreps_in", "irreps_out", "options", "reason"),
+    [
+        ("2x1o", "3x1o", {}, "no even scalar"),
+        ("2x0o + 1x1o", "3x1o", {}, "no even scalar"),
+        ("2x0e", "3x0e", dict(internal_weights=False, shared_weights=False), "no weights of its own"),
+        ("2x0e", "3x0e", dict(f_in=2, f_out=2), "several features"),
+        ("2x0e", "0x0e", {}, "empty"),
+    ],
+)
+def test_a_layer_that_cannot_be_gated_says_why(
+    irreps_in: str, irreps_out: str, options: dict[str, Any], reason: str
+) -> None:
+    layer = linear(irreps_in, irreps_out, **options)
+    assert reason in str(reason_not_gatable(layer))
+    with pytest.raises(ValueError, match=reason):
+        MagnitudeGate(layer, rank=2)
+
+
+def test_initial_values_come_from_the_generator_alone() -> None:
+    layer = linear("6x0e", "3x0e")
+    before = torch.random.get_rng_state()
+    one, two, other = (MagnitudeGate(layer, rank=4, init_std=0.1, generator=generator(s)) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name])
+    assert not torch.equal(one.down.weight, other.down.weight)
+
+
+# -- saturation ------------------------------------------------------------------------------------------------------
+
+
+def recorded_pair() -> tuple[Any, MagnitudeGate, MagnitudeGate, Tensor]:
+    """A layer, a saturating gate with a recorded range, the same gate without saturation, the recorded features."""
+    layer = linear("4x0e + 3x1o", "3x0e + 3x1o")
+    gate, unbounded = random_gate(layer), random_gate(layer, saturate=False)
+    x = features(layer.irreps_in, 200)
+    for g in (gate, unbounded):
+        g.start_recording()
+        g(x[:120], layer(x[:120]))
+        g(x[120:], layer(x[120:]))
+        g.stop_recording()
+    return layer, gate, unbounded, x
+
+
+def test_recording_keeps_the_range_of_all_that_passed() -> None:
+    _, gate, _, x = recorded_pair()
+    z = gate.bottleneck(x)
+    assert torch.equal(gate.z_low, z.amin(0))
+    assert torch.equal(gate.z_high, z.amax(0))
+    assert float(gate.excess(x).max()) == 0.0
+    assert bool((gate.excess(10 * x) >= 0).all())
+    assert float(gate.excess(10 * x).max()) > 1.0
+
+
+def test_a_gate_that_saw_nothing_stays_unbounded() -> None:
+    layer = linear("4x0e", "3x0e")
+    gate, unbounded = random_gate(layer), random_gate(layer, saturate=False)
+    gate.start_recording()
+    gate.stop_recording()
+    x = 100 * features(layer.irreps_in)
+    assert not gate.calibrated
+    assert torch.equal(gate(x, layer(x)), unbounded(x, layer(x)))
+
+
+def test_inside_the_recorded_range_saturation_changes_no_bit_of_values_or_gradients() -> None:
+    layer, gate, unbounded, x = recorded_pair()
+    results = []
+    for g in (gate, unbounded):
+        leaf = x.clone().requires_grad_()
+        out = g(leaf, layer(leaf))
+        (first,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        results.append((out, first, second))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_outside_the_recorded_range_the_bottleneck_is_bounded_by_a_width_on_either_side() -> None:
+    layer, gate, unbounded, x = recorded_pair()
+    assert gate.shift is not None
+    far = 1e4 * x
+    z = gate._level_off(gate.bottleneck(far))
+    width = gate.z_high - gate.z_low
+    assert bool((z <= gate.z_high + width).all())
+    assert bool((z >= gate.z_low - width).all())
+    shift = (gate(far, layer(far)) - layer(far))[:, :3]
+    middle, reach = (gate.z_low + gate.z_high) / 2, 1.5 * width
+    centre = middle @ gate.shift.weight.T + gate.shift.bias
+    assert bool(((shift - centre).abs() <= reach @ gate.shift.weight.abs().T + 1e-9).all())
+    assert float((unbounded(far, layer(far)) - layer(far))[:, :3].abs().max()) > 100 * float(shift.abs().max())
+
+
+@pytest.mark.parametrize("edge", ["z_low", "z_high"])
+def test_levelling_off_is_twice_differentiable_across_the_edge(edge: str) -> None:
+    layer = linear("1x0e", "1x0e")
+    gate = random_gate(layer, rank=1)
+    assert gate.shift is not None
+    with torch.no_grad():
+        for head in (gate.down, gate.shift):
+            head.weight.fill_(1.0)
+            head.bias.zero_()
+    gate.set_range(torch.tensor([0.5], dtype=F64), torch.tensor([1.5], dtype=F64))
+    # the scalar at which z = SiLU(x) meets the edge
+    inside = torch.tensor(0.0 if edge == "z_low" else 3.0, dtype=F64)
+    at = inside
+    for _ in range(60):  # Newton
+        s = torch.sigmoid(at)
+        at = at - (at * s - float(getattr(gate, edge))) / (s * (1 + at * (1 - s)))
+
+    def derivatives(x: Tensor) -> tuple[float, float, float]:
+        leaf = x.detach().reshape(1, 1).requires_grad_()
+        value = gate(leaf, torch.zeros_like(leaf)).sum()
+        (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), leaf)
+        return float(value.detach()), float(first.detach()), float(second)
+
+    below, above = derivatives(at - 1e-7), derivatives(at + 1e-7)
+    for one, other in zip(below, above, strict=True):
+        assert one == pytest.approx(other, abs=2e-6)
+    # and it does bend further out, so the edge was really crossed
+    outside = at - 0.4 if edge == "z_low" else at + 0.8
+    unbounded = outside * torch.sigmoid(outside)
+    assert abs(derivatives(outside)[0] - float(unbounded)) > 1e-3
+
+
+def test_a_component_that_never_moved_still_levels_off_smoothly() -> None:
+    layer = linear("1x0e", "1x0e")
+    gate = random_gate(layer, rank=1)
+    gate.set_range(torch.tensor([0.3], dtype=F64), torch.tensor([0.3], dtype=F64))
+    z = gate._level_off(torch.tensor([[-50.0], [0.3], [50.0]], dtype=F64)).flatten()
+    torch.testing.assert_close(
+        z, torch.tensor([0.3 - MIN_RANGE_WIDTH, 0.3, 0.3 + MIN_RANGE_WIDTH], dtype=F64), rtol=0, atol=1e-12
+    )

@@ -1,0 +1,259 @@
+"""The recipe of the embedded backbones runs, resumes, and gives a backbone."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmea_calc.backbone import load_backbone
+from mmea_calc.errors import BackboneError, DataError, MMEAError, TrainingError
+from mmea_calc.pretrain import label
+from mmea_calc.pretrain.__main__ import main
+from mmea_calc.pretrain.dataset import PackedSet, read_e0
+from mmea_calc.pretrain.train import ELEMENTS, PretrainConfig, pretrain
+
+PBE = Path(__file__).resolve().parents[1] / "data" / "pbe"
+# Small enough for a test: four steps, a checkpoint after each of them.
+SHORT = PretrainConfig(steps=4, batch_size=3, lr=1e-3, warmup_steps=2, checkpoint_minutes=0.0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight structures of the shipped set for training, four for validation."""
+    folder = tmp_path_factory.mktemp("few")
+    for name, count in (("train-0.npz", 8), ("valid.npz", 4)):
+        with np.load(PBE / name) as whole:
+            arrays = dict(whole)
+        n_atoms = int(arrays["n_atoms"][:count].astype(int).sum())
+        per_atom = ("numbers", "positions", "forces")
+        np.savez(folder / name, **{k: v[: n_atoms if k in per_atom else count] for k, v in arrays.items()})
+    for name in ("e0.json", "level.txt"):
+        (folder / name).write_bytes((PBE / name).read_bytes())
+    return folder
+
+
+def settings(**changes: Any) -> PretrainConfig:
+    from dataclasses import replace
+
+    return replace(SHORT, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole_run(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain(
+        data=few, out=tmp_path_factory.mktemp("whole"), name="whole", start="mmea-organic-s", settings=SHORT
+    )
+
+
+def test_a_few_steps_from_a_backbone_give_another_backbone(whole_run: Path) -> None:
+    start, made = load_backbone("mmea-organic-s"), load_backbone(whole_run)
+    assert made.name == "whole"
+    assert made.fingerprint != start.fingerprint
+    assert made.level_of_theory == "PBE/def2-SVP (PySCF, density fitting)"
+    assert made.atomic_energies == read_e0(PBE)
+    assert made.config["start"] == {"name": "mmea-organic-s", "fingerprint": start.fingerprint}
+    assert json.loads(whole_run.with_suffix(".json").read_text(encoding="utf-8")) == made.config
+    changes = [
+        float((a - b).abs().max())
+        for a, b in zip(start.network.parameters(), made.network.parameters(), strict=True)
+        if a.numel()
+    ]
+    assert 0 < max(changes) < 0.01  # four steps of at most 1e-3 each
+
+
+def test_stopped_run_resumes_to_the_same_bits(few: Path, tmp_path: Path, whole_run: Path) -> None:
+    def stop_at_step_two(line: str) -> None:
+        if ", step 2," in line:
+            raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {"data": few, "out": tmp_path, "name": "again", "start": "mmea-organic-s"}
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(**arguments, settings=SHORT, progress=stop_at_step_two)
+    assert not (tmp_path / "again.safetensors").exists()
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == 2
+    path = pretrain(**arguments, settings=SHORT, resume=True)
+    assert load_backbone(path).fingerprint == load_backbone(whole_run).fingerprint
+
+
+def test_new_network_starts_from_the_seed(few: Path, tmp_path: Path) -> None:
+    small = settings(channels=4, max_ell=1, r_max=3.0, steps=2)
+    paths = [
+        pretrain(data=few, out=tmp_path / name, name=name, settings=settings_)
+        for name, settings_ in (
+            ("a", small),
+            ("b", small),
+            ("c", settings(channels=4, max_ell=1, r_max=3.0, steps=2, seed=1)),
+        )
+    ]
+    one, same, other = (load_backbone(path) for path in paths)
+    assert one.elements == ELEMENTS
+    assert one.r_max == 3.0
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_longer_training_on_few_structures_learns_them(few: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    longer = settings(channels=8, max_ell=1, r_max=3.0, steps=60, lr=0.01, batch_size=4, warmup_steps=5)
+    pretrain(data=few, out=tmp_path, name="longer", settings=longer, progress=lines.append)
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines if "loss " in line]
+    assert len(losses) == 60
+    # the energy weighs 20 times more in the last 30 per cent, so compare before that
+    assert np.mean(losses[30:40]) < 0.7 * np.mean(losses[:5])
+
+
+def test_running_over_an_earlier_run_is_refused(few: Path, whole_run: Path) -> None:
+    with pytest.raises(TrainingError, match="--resume"):
+        pretrain(data=few, out=whole_run.parent, name="whole", start="mmea-organic-s", settings=SHORT)
+
+
+def test_resuming_another_network_is_refused(few: Path, whole_run: Path) -> None:
+    with pytest.raises(TrainingError, match="another network"):
+        pretrain(data=few, out=whole_run.parent, name="whole", resume=True, settings=settings(channels=4, max_ell=1))
+
+
+def test_nothing_to_resume_is_said(few: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="start without --resume"):
+        pretrain(data=few, out=tmp_path, name="x", start="mmea-organic-s", settings=SHORT, resume=True)
+    (tmp_path / "resume.pt").write_bytes(b"rubbish")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        pretrain(data=few, out=tmp_path, name="x", start="mmea-organic-s", settings=SHORT, resume=True)
+
+
+def test_start_that_does_not_exist_writes_nothing(few: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackboneError):
+        pretrain(data=few, out=tmp_path / "new", name="x", start="no-such", settings=SHORT)
+    assert not (tmp_path / "new").exists()
+
+
+# --- sets -----------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_set_is_whole_and_split_by_composition() -> None:
+    e0, device = read_e0(PBE), torch.device("cpu")
+    sets = [PackedSet([PBE / name], e0=e0, elements=ELEMENTS, device=device) for name in ("train-0.npz", "valid.npz")]
+    assert [len(s) for s in sets] == [555, 62]
+    compositions = []
+    for s in sets:
+        ends = s.starts.tolist()
+        compositions.append({tuple(sorted(s.elements[a:b].tolist())) for a, b in zip(ends[:-1], ends[1:], strict=True)})
+        assert float(s.forces.abs().max()) < label.LARGEST_FORCE
+        # molecules: bound, by less than 10 eV per atom
+        per_atom = s.energy / s.n_atoms
+        assert float(per_atom.max()) < 0
+        assert float(per_atom.min()) > -10
+    assert compositions[0].isdisjoint(compositions[1])
+
+
+def test_batch_has_all_pairs_within_the_cutoff_and_none_between_molecules() -> None:
+    packed = PackedSet([PBE / "valid.npz"], e0=read_e0(PBE), elements=ELEMENTS, device=torch.device("cpu"))
+    chosen, r_max = torch.tensor([5, 0, 17]), 3.0
+    sample = packed.batch(chosen, r_max)
+    inputs = sample.inputs
+    assert sample.n_atoms.tolist() == packed.n_atoms[chosen].tolist()
+    distances = torch.cdist(inputs["positions"], inputs["positions"])
+    same = inputs["batch"][:, None] == inputs["batch"]
+    expected = (distances < r_max) & same & ~torch.eye(len(distances), dtype=torch.bool)
+    made = torch.zeros_like(expected)
+    made[inputs["edge_index"][0], inputs["edge_index"][1]] = True
+    assert torch.equal(made, expected)
+    assert int(expected.sum()) == inputs["edge_index"].shape[1]
+    start = int(packed.starts[5])
+    assert torch.equal(
+        inputs["positions"][: int(packed.n_atoms[5])], packed.positions[start : start + packed.n_atoms[5]]
+    )
+
+
+def test_element_without_reference_energy_is_named() -> None:
+    e0 = {z: e for z, e in read_e0(PBE).items() if z != 35}
+    with pytest.raises(DataError, match="35"):
+        PackedSet([PBE / "train-0.npz"], e0=e0, elements=ELEMENTS, device=torch.device("cpu"))
+
+
+def test_damaged_or_missing_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"e0\.json"):
+        read_e0(tmp_path)
+    (tmp_path / "valid.npz").write_bytes((PBE / "valid.npz").read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"valid\.npz is not a packed set"):
+        PackedSet([tmp_path / "valid.npz"], e0=read_e0(PBE), elements=ELEMENTS, device=torch.device("cpu"))
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_labels_without_pyscf_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    real: Callable[..., Any] = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.split(".")[0] == "pyscf":
+            raise ImportError("No module named 'pyscf'")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MMEAError, match=r"mmea\[label\]"):
+        label.energy_and_forces([1, 1], np.array([[0, 0, 0], [0, 0, 0.74]]))
+    assert main(["label", "--data", str(PBE), "--out", str(tmp_path / "raw")]) == 1
+    assert "pip install" in capsys.readouterr().err
+    assert not (tmp_path / "raw").exists()
+
+
+def test_drawing_goes_round_over_compositions_and_skips() -> None:
+    first = list(label.draw(PBE, 7, set()))
+    compositions = [tuple(sorted(numbers.tolist())) for _, numbers, _ in first]
+    distinct = len(set(compositions))
+    assert len(set(compositions[:distinct])) == distinct  # every composition once before any comes again
+    assert all((numbers > 1).sum() <= 3 for _, numbers, _ in label.draw(PBE, 3, set()))
+    skipped = {index for index, _, _ in first[:10]}
+    assert skipped.isdisjoint(index for index, _, _ in label.draw(PBE, 7, skipped))
+
+
+def test_labelling_is_resumable_and_packs_into_a_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for the quantum chemistry: the bookkeeping is what is tested."""
+    calls: list[int] = []
+
+    def stand_in(numbers: list[int], positions: np.ndarray) -> tuple[float, np.ndarray] | None:
+        calls.append(len(numbers))
+        return None if len(calls) == 3 else (-100.0 * len(numbers), 0.1 * np.ones_like(positions))
+
+    monkeypatch.setattr(label, "_pyscf", lambda: None)
+    monkeypatch.setattr(label, "energy_and_forces", stand_in)
+    raw = tmp_path / "raw"
+    assert label.label(data=PBE, out=raw, limit=25) == 25
+    assert len(calls) == 26  # one did not converge
+    assert label.label(data=PBE, out=raw, limit=5) == 5
+    assert len(list(raw.glob("*.npz"))) == 30
+    (raw / "e0.json").write_bytes((PBE / "e0.json").read_bytes())
+    assert main(["pack", str(raw), "--out", str(tmp_path / "set"), "--valid-fraction", "0.3"]) == 0
+    assert "train-0" in capsys.readouterr().out
+    made = [PackedSet([tmp_path / "set" / f"{n}.npz"], e0=read_e0(tmp_path / "set"), elements=ELEMENTS, device=torch.device("cpu"))
+            for n in ("train-0", "valid")]  # fmt: skip
+    assert sum(len(s) for s in made) == 30
+    assert float(made[0].forces.mean()) == pytest.approx(0.1)
+
+
+def test_packing_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "e0.json").write_bytes((PBE / "e0.json").read_bytes())
+    with pytest.raises(DataError, match="no structures"):
+        label.pack(tmp_path, out=tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_pbe_labels_agree_with_the_shipped_ones() -> None:
+    pytest.importorskip("pyscf", reason="PySCF is not installed")
+    with np.load(PBE / "valid.npz") as content:
+        arrays = dict(content)
+    ends = np.cumsum(arrays["n_atoms"].astype(int))
+    smallest = int(np.argmin(arrays["n_atoms"]))
+    span = slice(ends[smallest] - int(arrays["n_atoms"][smallest]), ends[smallest])
+    result = label.energy_and_forces(arrays["numbers"][span].tolist(), arrays["positions"][span].astype(float))
+    assert result is not None
+    assert result[0] == pytest.approx(arrays["energy"][smallest], abs=1e-3)
+    assert np.abs(result[1] - arrays["forces"][span]).max() < 1e-3
