@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mmea_calc.backbone import Backbone
     from mmea_calc.dataset import Dataset
     from mmea_calc.finetuning import FinetuneResult
+    from mmea_calc.preflight import PreflightReport
 
     from .settings import Settings
 
@@ -138,7 +139,7 @@ def _run(train_files: list[Path], settings: Settings) -> None:
         dtype=training.dtype,
     )
     _introduce(backbone)
-    _report(train, valid, test, backbone)
+    report = _report(train, valid, test, backbone)
     _count(backbone, settings)
     with TrainingDisplay(out()) as display:
         result = train_adapter(
@@ -150,6 +151,7 @@ def _run(train_files: list[Path], settings: Settings) -> None:
             adapter=settings.adapter,
             training=training,
             E0s=options["E0s"],
+            report=report,
             resume=bool(options["resume"]),
             progress=display,
         )
@@ -178,8 +180,8 @@ def _introduce(backbone: Backbone) -> None:
         typer.echo(f"note: {backbone.trust_note}", err=True)
 
 
-def _report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> None:
-    """Keys, the report on the data as a table, and what is doubtful."""
+def _report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> PreflightReport:
+    """Show keys, the report on the data as a table, and what is doubtful."""
     from mmea_calc.preflight import preflight
 
     from .console import out, say, table
@@ -190,6 +192,7 @@ def _report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbon
         say(f"note: {note}")
     for warning in report.warnings:
         say(f"warning: {warning}", style="yellow")
+    return report
 
 
 def _count(backbone: Backbone, settings: Settings) -> None:

@@ -13,10 +13,13 @@ from typer.core import TyperGroup
 
 from mmea_calc.errors import MMEAError
 
+from .analyse import analyse
 from .backbone import app as backbone_app
+from .convert import convert
 from .evaluate import evaluate
 from .finetune import finetune
 from .info import info
+from .md import SeveralValues, md
 
 INTERRUPTED = 130
 
@@ -51,7 +54,10 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(evaluate)
+app.command(cls=SeveralValues)(md)
+app.command()(convert)
 app.command()(info)
+app.command()(analyse)
 app.add_typer(backbone_app, name="backbone")
 
 

@@ -41,7 +41,8 @@ def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mappin
     """
     given = {name: value for name, value in flags.items() if value is not None}
     written = read_config(config, other_options) if config is not None else {}
-    recipe = _recipe(given.get("recipe", written.get("recipe")))
+    method = given.get("method", written.get("method", AdapterConfig.method))
+    recipe = _recipe(given.get("recipe", written.get("recipe")), method)
     merged = {**recipe, **written, **given}
     return Settings(
         adapter=AdapterConfig(**_fields_of(AdapterConfig, merged)),
@@ -97,14 +98,12 @@ def coerce(name: str, value: Any, wanted: Any, source: object) -> Any:
     raise typer.BadParameter(f"{source}: {name} must be {expected}, got {value!r}", param_hint=CONFIG_HINT)
 
 
-def _recipe(name: str | None) -> dict[str, Any]:
-    if name is None:
-        return {}
-    from mmea_calc.recipes import RECIPES
+def _recipe(name: str | None, method: str) -> dict[str, Any]:
+    from mmea_calc.recipes import RECIPES, recipe_for
 
-    if name not in RECIPES:
+    if name is not None and name not in RECIPES:
         raise typer.BadParameter(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}", param_hint="'--recipe'")
-    return dict(RECIPES[name])
+    return dict(recipe_for(method, name))
 
 
 def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ leave nothing behind when detached.
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,10 +33,7 @@ from .methods import METHODS, Method, Site, find_sites, method_named
 from .updates import Update
 
 _GATE = "magnitude_gate"  # name of the submodule that a gated linear layer carries
-
-# network -> its adapter, so that a second one is refused even while the first is merged and leaves no trace. Weak on
-# both sides: a handle holds its network, which would otherwise live for ever.
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
+_HANDLE = "_mmea_adapter"  # attribute of an adapted network: its handle, which so lives as long as the network
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,8 @@ def is_adapted(network: nn.Module) -> bool:
 
 
 def attached(network: nn.Module) -> Adapter | None:
-    """The adapter that is on `network` at present; None also when nobody holds its handle any more."""
-    handle = _ATTACHED.get(network)
-    return handle() if handle is not None else None
+    """The adapter that is on `network` at present."""
+    return network.__dict__.get(_HANDLE)
 
 
 def _checked(network: nn.Module, config: AdapterConfig) -> Method:
@@ -126,7 +121,7 @@ def _checked(network: nn.Module, config: AdapterConfig) -> Method:
     # e3nn compiles parts of its eager layers; those hold no weights.
     if any(isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()) for m in network.modules()):
         raise AdapterError("a scripted (TorchScript) network cannot be adapted: load the eager network instead")
-    if network in _ATTACHED or any(parametrize.is_parametrized(m) or hasattr(m, _GATE) for m in network.modules()):
+    if attached(network) or any(parametrize.is_parametrized(m) or hasattr(m, _GATE) for m in network.modules()):
         raise AdapterError("this network has an adapter (or another parametrization) already: detach it first")
     return method
 
@@ -198,7 +193,7 @@ class Adapter:
             linear.add_module(_GATE, gate)
             self._hooks.append(linear.register_forward_hook(_apply_gate))
         self._parametrize()
-        _ATTACHED[network] = weakref.ref(self)
+        network.__dict__[_HANDLE] = self
 
     # -- what trains ---------------------------------------------------------------------------------------------
 
@@ -284,7 +279,7 @@ class Adapter:
             delattr(self.network.get_submodule(name), _GATE)
         for parameter, requires_grad in self._frozen_before.values():
             parameter.requires_grad_(requires_grad)
-        del _ATTACHED[self.network]
+        del self.network.__dict__[_HANDLE]
         self._attached = False
 
     # -- folding -------------------------------------------------------------------------------------------------
@@ -329,6 +324,7 @@ class Adapter:
         if self._merged:
             for path, tensor in self._originals.items():
                 _put(self._sites[path], tensor)
+                self.updates[path].to(tensor)  # put aside as well, while the network may have moved
             self._merged, self._originals = {}, {}
             self._parametrize()
             self._switch(self._enabled)
@@ -407,9 +403,10 @@ class Adapter:
             _restore_order(site.module, self._orders[path])
 
     def __getstate__(self) -> dict[str, Any]:
+        # A copy would share torch's parametrized classes with the original, and break when either is detached.
         raise AdapterError(
-            "the handle of an adapter cannot be copied or pickled: attach its config to another network and load its "
-            "state_dict there"
+            "an adapted network cannot be copied or pickled: detach the adapter first, or attach its config to another "
+            "network and load its state_dict there"
         )
 
     def __repr__(self) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .config import AdapterConfig, from_dict, to_dict
 from .errors import AdapterFileError
+from .files import json_ready, replacing
 
 FORMAT = "mmea adapter"
 FORMAT_VERSION = 1
@@ -128,17 +128,14 @@ def write_adapter(path: str | Path, adapter: AdapterFile) -> Path:
     for name, tensor in adapter.tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{name} holds values that are not finite; {path} is not written")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors.items()}
-    text = json.dumps(_plain(adapter.header()), allow_nan=False)
+    text = json.dumps(json_ready(adapter.header()), allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(tensors, metadata={_KEY: text}))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, metadata={_KEY: text}))
     except (OSError, SafetensorError) as problem:
         raise AdapterFileError(f"{path} cannot be written: {problem}") from problem
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -213,19 +210,6 @@ def _from_header(path: Path, header: dict[str, Any], tensors: dict[str, Tensor])
         path=path,
         **{name: header[name] for name in known if name in header},
     )
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a figure that does not exist is null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if hasattr(value, "item") and callable(value.item):
-        return _plain(value.item())
-    return value
 
 
 __all__ = ["FORMAT_VERSION", "AdapterFile", "read_adapter", "update_adapter", "write_adapter"]

@@ -25,8 +25,8 @@ from .backbone_file import (
 )
 from .config import DEFAULT_BACKBONE, Precision
 from .errors import BackboneError
-from .mace_bridge import accept_neutral_graphs, mark_untrained
 from .mace_names import PUBLISHED, fetch, locate
+from .mace_networks import accept_neutral_graphs, mark_untrained, repeat_to_the_bit
 
 BACKBONE_FOLDER = Path(__file__).parent / "backbones"
 
@@ -343,6 +343,7 @@ def _finish(backbone: Backbone, device: str, dtype: Precision) -> Backbone:
     network.requires_grad_(False)
     network.eval()
     accept_neutral_graphs(network)
+    repeat_to_the_bit(network)
     # At -17,600 eV float32 is 2 meV coarse: E0 are added in float64, outside of the network.
     e0: Any = network.atomic_energies_fn
     e0.atomic_energies.zero_()

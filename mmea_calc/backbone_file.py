@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import BackboneError
-from .mace_bridge import build_network, config_of, mace_modules, quiet, resize_contractions
+from .mace_bridge import build_network, config_of, mace_modules, quiet
+from .mace_networks import resize_contractions
 
 FORMAT = "mmea-backbone"
 FORMAT_VERSION = 1
@@ -248,7 +249,7 @@ def write_safetensors(path: Path, config: dict[str, Any], tensors: Mapping[str, 
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(dict(tensors), temporary, metadata=metadata)
+        temporary.write_bytes(save(dict(tensors), metadata=metadata))  # save_file makes it private to the owner
         again = read_safetensors(temporary)
         if fingerprint(again.config, {name: again.tensors[name] for name in names}) != identity:
             raise BackboneError(f"{path} did not read back as it was written; nothing was put there")

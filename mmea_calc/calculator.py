@@ -1,13 +1,11 @@
 """`MMEACalculator`: a backbone with adapters as a calculator of ASE.
 
-atoms.calc = MMEACalculator("aspirin.adapter")
-atoms.get_forces()
-with atoms.calc.adapter_disabled():
-    atoms.get_forces()  # the bare backbone's
+One adapter, and the bare backbone beside it:
 
-atoms.calc = MMEACalculator(["seed1.adapter", "seed2.adapter", "seed3.adapter"])  # a committee
-atoms.get_forces()
-atoms.calc.results["energy_var"]
+    atoms.calc = MMEACalculator("aspirin.adapter")
+    atoms.get_forces()
+    with atoms.calc.adapter_disabled():
+        atoms.get_forces()  # the bare backbone's
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from numpy.typing import NDArray
 from .adapted import attached, is_adapted
 from .adapter_file import AdapterFile, read_adapter
 from .backbone import EMBEDDED, Backbone, load_backbone
+from .committee import COMMITTEE_PROPERTIES, combine
 from .config import DEFAULT_BACKBONE, Precision
 from .errors import AdapterError, BackboneError, DataError
 from .graph import Batch, Graph, check_elements, move, same_neighbours
@@ -40,8 +39,6 @@ AdapterSource = str | Path | AdapterFile
 Results = dict[str, Any]
 
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
-# Names and meaning as in mace-torch's MACECalculator.
-COMMITTEE_PROPERTIES = ("energy_comm", "energy_var", "forces_comm", "forces_var", "stress_comm", "stress_var")
 # Below this a cell has no volume that a stress could refer to, A^3.
 SMALLEST_VOLUME = 1e-8
 
@@ -160,9 +157,9 @@ class MMEACalculator(Calculator):
         Raises:
             AdapterError: no adapter of this name is loaded, one is named twice, or adapters are disabled at present.
         """
-        wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         if self._disabled:
             raise AdapterError("adapters are disabled at present: leave the `adapter_disabled()` block first")
+        wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         if unknown := [n for n in wanted if n not in self._files]:
             known = ", ".join(self._files) or "none"
             raise AdapterError(f"no adapter called {unknown[0]!r} is loaded; loaded: {known}")
@@ -231,12 +228,12 @@ class MMEACalculator(Calculator):
         """
         structure: Any = self.atoms if atoms is None else atoms
         self.check_state(structure)
-        with_stress = self._has_stress(structure)
-        if "stress" in properties and not with_stress:
-            raise PropertyNotImplementedError(self._why_no_stress(structure))
+        why_no_stress = self._why_no_stress(structure)
+        if why_no_stress and "stress" in properties:
+            raise PropertyNotImplementedError(why_no_stress)
         self._check_alone()
         batch = self._updated_batch(structure)
-        results = self._evaluate(batch, with_stress)
+        results = self._evaluate(batch, stress=why_no_stress is None)
         self.atoms, self.results = structure.copy(), results
 
     def _check_alone(self) -> None:
@@ -244,20 +241,17 @@ class MMEACalculator(Calculator):
         if attached(network) is not own or (own is None and is_adapted(network)):
             raise AdapterError("something else has put an adapter on this calculator's backbone: load one of its own")
 
-    def _has_stress(self, atoms: Atoms) -> bool:
-        if self.stress is False or atoms.cell.volume < SMALLEST_VOLUME:
-            return False
-        return bool(atoms.pbc.all() or self.stress)
-
-    def _why_no_stress(self, atoms: Atoms) -> str:
+    def _why_no_stress(self, atoms: Atoms) -> str | None:
         if self.stress is False:
             return "this calculator was made with stress=False"
-        if not atoms.pbc.all() and not self.stress:
+        if not (atoms.pbc.all() or self.stress):
             return (
                 "a structure that is not periodic in all three directions has no stress by default; "
                 "MMEACalculator(..., stress=True) gives one that refers to the volume of its cell"
             )
-        return "a stress refers to a volume, and the cell of this structure has none: give it a cell"
+        if atoms.cell.volume < SMALLEST_VOLUME:
+            return "a stress refers to a volume, and the cell of this structure has none: give it a cell"
+        return None
 
     def _updated_batch(self, atoms: Atoms) -> Batch:
         """Tensors of the structure: those of the last call with new positions while the neighbours are the same."""
@@ -295,7 +289,7 @@ class MMEACalculator(Calculator):
             self._mount(name, self._files[name])
             found[name] = self._evaluate_mounted(batch, stress)
         members = [found[name] for name in active]
-        return members[0] if len(members) == 1 else _committee(members)
+        return members[0] if len(members) == 1 else combine(members)
 
     def _evaluate_mounted(self, batch: Batch, stress: bool) -> Results:
         prediction = self.potential.predict(batch, stress=stress)
@@ -407,19 +401,3 @@ def _reference(backbone: Backbone) -> str:
         f"backbone {backbone.name!r} has neither a name known to mmea nor a file, so a calculator with it cannot be "
         "copied or stored: save it (save_backbone) and load it from there"
     )
-
-
-def _committee(members: Sequence[Results]) -> Results:
-    """Means over members, every member's value (`_comm`), and variances (`_var`) divided by the number of members."""
-    results: Results = {}
-    for key in ("energy", "energies", "forces", "stress"):
-        if key not in members[0]:
-            continue
-        values = np.stack([m[key] for m in members])
-        mean, variance = values.mean(axis=0), values.var(axis=0)
-        results[key] = float(mean) if key == "energy" else mean
-        if key != "energies":
-            results[f"{key}_comm"] = values
-            results[f"{key}_var"] = float(variance) if key == "energy" else variance
-    results["free_energy"] = results["energy"]
-    return results

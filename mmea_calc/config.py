@@ -5,10 +5,12 @@ Units are in the names: eV, A (angstrom), fs, K.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
+DEFAULT_STEPS = 800
 
 Device = str
 Precision = Literal["float32", "float64"]
@@ -48,7 +50,8 @@ class TrainConfig:
     The defaults are the default recipe; `mmea_calc.recipes.RECIPES` holds the named alternatives.
 
     Attributes:
-        epochs: passes over the training set.
+        epochs: passes over the training set; 0 takes as many as make about `DEFAULT_STEPS` optimisation steps, at
+            least 20 and at most 300.
         batch_size: structures per optimisation step.
         lr: largest learning rate.
         schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "plateau" multiplies it
@@ -73,7 +76,7 @@ class TrainConfig:
         validate_every: epochs between validations; 0 chooses about 100 validations in a run.
     """
 
-    epochs: int = 200
+    epochs: int = 0
     batch_size: int = 5
     lr: float = 0.01
     schedule: Literal["cosine", "plateau"] = "cosine"
@@ -98,6 +101,13 @@ class TrainConfig:
     dtype: Precision = "float32"
     valid_fraction: float = 0.1
     validate_every: int = 0
+
+    def for_structures(self, n_structures: int) -> TrainConfig:
+        """The same with the number of epochs settled for a training set of `n_structures`."""
+        if self.epochs:
+            return self
+        steps_per_epoch = math.ceil(n_structures / self.batch_size)
+        return replace(self, epochs=min(300, max(20, round(DEFAULT_STEPS / steps_per_epoch))))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     read and check -> reference energies -> attach -> zero-shot errors -> train -> record gate ranges -> errors -> write
 
 The run folder holds all that a run was: `config.json` (resolved settings), `data.json` (report on the data and the
-split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity.png`.
+split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity_valid.png` and `parity_test.png`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -30,11 +31,12 @@ from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
 from .data import split
 from .dataset import Dataset
 from .errors import TrainingError
-from .evaluation import evaluate
+from .evaluation import Evaluation, GroupErrors, evaluate
+from .files import json_ready, write_text
 from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
-from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer, measure
+from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
 
 PACKAGES = ("mmea", "torch", "mace-torch", "e3nn", "ase", "matscipy", "numpy", "safetensors")
 
@@ -80,6 +82,7 @@ def finetune(
     adapter: AdapterConfig | None = None,
     training: TrainConfig | None = None,
     E0s: str | Mapping[Any, float] | Path | None = None,
+    report: PreflightReport | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     progress: Progress = lambda event: None,
@@ -96,6 +99,7 @@ def finetune(
         adapter: what is attached.
         training: how it is trained.
         E0s: see `resolve_reference_energies`.
+        report: of `preflight` on these data, where it has been made already.
         run_dir: run folder; the output's name with `.run` if not given.
         resume: go on from the run folder's checkpoint.
         progress: told what happens.
@@ -113,17 +117,16 @@ def finetune(
     if not isinstance(backbone, Backbone):
         device = resolve_device(training.device)
         backbone = load_backbone(backbone, head=head, device=device, dtype=training.dtype)
-    report = preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
+    report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
     if valid is None:
         train, valid = split(train, training.valid_fraction, training.seed)
+    training = training.for_structures(len(train))
     potential = Potential(backbone)
-    sets = {"train": Samples(train, potential), "valid": Samples(valid, potential)}
-    if test is not None:
-        sets["test"] = Samples(test, potential)
-    energies = _reference_energies(E0s, train, sets["train"], potential)
+    samples = Samples(train, potential), Samples(valid, potential)
+    energies = _reference_energies(E0s, train, samples[0], potential)
     potential.reference_energies = energies.energies
     handle = potential.adapter = attach(backbone.network, adapter)
-    run = _Run(output, run_dir, potential, handle, training, sets, (train, valid, test), energies, report)
+    run = _Run(output, run_dir, potential, handle, training, samples, (train, valid, test), energies, report)
     try:
         return run.go(resume, progress)
     finally:
@@ -131,7 +134,7 @@ def finetune(
 
 
 def _check_settings(training: TrainConfig) -> None:
-    for name, least in (("epochs", 1), ("batch_size", 1), ("lr", 1e-12), ("clip_norm", 1e-12)):
+    for name, least in (("epochs", 0), ("batch_size", 1), ("lr", 1e-12), ("clip_norm", 1e-12)):
         if getattr(training, name) < least:
             raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
     if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
@@ -170,13 +173,13 @@ class _Run:
         potential: Potential,
         handle: Adapter,
         training: TrainConfig,
-        sets: dict[str, Samples],
+        samples: tuple[Samples, Samples],
         data: tuple[Dataset, Dataset, Dataset | None],
         energies: ReferenceEnergies,
         report: PreflightReport,
     ) -> None:
         self.output, self.run_dir = output, run_dir
-        self.potential, self.handle, self.training, self.sets = potential, handle, training, sets
+        self.potential, self.handle, self.training, self.samples = potential, handle, training, samples
         self.train, self.valid, self.test = data
         self.energies, self.report = energies, report
 
@@ -185,8 +188,7 @@ class _Run:
         trainer = Trainer(
             self.potential,
             self.handle,
-            self.sets["train"],
-            self.sets["valid"],
+            *self.samples,
             self.training,
             checkpoint=checkpoint,
             progress=progress,
@@ -196,8 +198,6 @@ class _Run:
         if self.handle.skipped:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.handle.skipped.items())
             progress(ProgressEvent(message=f"layers that stay as they are: {listed}"))
-        with self.handle.disabled():
-            zero_shot = self._errors()
         if resume:
             found = trainer.restore()
             text = f"resuming after epoch {trainer.epoch}" if found else "no checkpoint found: training from the start"
@@ -208,20 +208,26 @@ class _Run:
         except TrainingError as problem:
             self._write_log(trainer)
             if trainer.best is not None:
-                self._finish(trainer, zero_shot)
+                self._finish(trainer)
                 raise TrainingError(f"{problem}. The best adapter so far is in {self.output}") from None
             raise
-        return self._finish(trainer, zero_shot)
+        return self._finish(trainer)
 
-    def _finish(self, trainer: Trainer, zero_shot: dict[str, Errors]) -> FinetuneResult:
+    def _finish(self, trainer: Trainer) -> FinetuneResult:
         trainer.use_best()
         with self.handle.recording():
-            self.potential.predict_graphs(self.sets["train"].graphs, forces=False)
-        fine_tuned = self._errors()
+            self.potential.predict_graphs(self.samples[0].graphs, forces=False)
+        sets = {"valid": self.valid, **({} if self.test is None else {"test": self.test})}
+        evaluations = {name: evaluate(self.potential, dataset) for name, dataset in sets.items()}
+        zero_shot, fine_tuned = {}, {}
+        for name, evaluation in evaluations.items():
+            assert evaluation.adapter is not None
+            zero_shot[name] = _errors(evaluation.backbone.overall)
+            fine_tuned[name] = _errors(evaluation.adapter.overall)
         file = self._adapter_file(trainer, zero_shot, fine_tuned)
         write_adapter(self.output, file)
         self._write_log(trainer)
-        self._draw(trainer, zero_shot["valid"])
+        self._draw(trainer, zero_shot["valid"], evaluations)
         before, after = zero_shot["valid"], fine_tuned["valid"]
         key = "energy_mae_meV" if np.isnan(before.forces_mae_meV_per_A) else "forces_mae_meV_per_A"
         return FinetuneResult(
@@ -234,13 +240,6 @@ class _Run:
             seconds=trainer.seconds,
             improved=bool(getattr(after, key) < getattr(before, key)),
         )
-
-    def _errors(self) -> dict[str, Errors]:
-        return {
-            name: measure(self.potential, samples, self.training)
-            for name, samples in self.sets.items()
-            if name != "train"
-        }
 
     def _adapter_file(
         self, trainer: Trainer, zero_shot: dict[str, Errors], fine_tuned: dict[str, Errors]
@@ -289,12 +288,12 @@ class _Run:
             },
             "versions": versions(),
         }
-        _write_text(self.run_dir / "config.json", json.dumps(settings, indent=1))
+        write_text(self.run_dir / "config.json", json.dumps(json_ready(settings), indent=1))
         data = {
             "report": self.report.to_dict(),
             "split": {"train": self.train.indices, "valid": self.valid.indices, "seed": self.training.seed},
         }
-        _write_text(self.run_dir / "data.json", json.dumps(data, indent=1, default=str))
+        write_text(self.run_dir / "data.json", json.dumps(json_ready(data), indent=1))
 
     def _write_log(self, trainer: Trainer) -> None:
         if not trainer.log:
@@ -304,19 +303,19 @@ class _Run:
         writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(trainer.log)
-        _write_text(self.run_dir / "log.csv", text.getvalue())
+        write_text(self.run_dir / "log.csv", text.getvalue())
 
-    def _draw(self, trainer: Trainer, zero_shot: Errors) -> None:
+    def _draw(self, trainer: Trainer, zero_shot: Errors, evaluations: dict[str, Evaluation]) -> None:
         from . import plots  # matplotlib is slow to import and not needed before
 
         before = {f"valid_{key}": value for key, value in zero_shot.to_dict().items()}
-        plots.learning_curve(trainer.log, self.run_dir / "learning_curve.png", zero_shot=before)
-        name, dataset = ("test", self.test) if self.test is not None else ("validation", self.valid)
-        plots.parity(
-            evaluate(self.potential, dataset).parity(),
-            self.run_dir / "parity.png",
-            title=f"{name} set: {len(dataset)} structures",
-        )
+        if trainer.log:
+            plots.learning_curve(trainer.log, self.run_dir / "learning_curve.png", zero_shot=before)
+        for name, evaluation in evaluations.items():
+            file = self.run_dir / f"parity_{name}.png"
+            plots.parity(
+                evaluation.parity(), file, title=f"{evaluation.dataset.name}: {len(evaluation.dataset)} structures"
+            )
 
 
 def versions() -> dict[str, str]:
@@ -330,13 +329,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _errors(group: GroupErrors) -> Errors:
+    def known(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return Errors(
+        loss=math.nan,
+        energy_mae_meV=known(group.energy.mae_meV),
+        energy_mae_meV_per_atom=known(group.energy.mae_meV_per_atom),
+        forces_mae_meV_per_A=known(group.forces.mae_meV_per_A),
+    )
 
 
 __all__ = ["FinetuneResult", "finetune", "resolve_device", "versions"]

@@ -92,13 +92,26 @@ def _neighbours(
     box = cell
     if not pbc.all():
         # Directions that are not periodic: the cell list needs a box around the atoms, larger than the cutoff.
-        extent = (positions @ np.linalg.inv(cell)).T
-        lengths = np.where(pbc, 1.0, extent.max(axis=1) - extent.min(axis=1) + 2 * r_max + 1.0)
+        coordinates = (positions @ np.linalg.inv(cell)).T
+        for axis in np.flatnonzero(~pbc):
+            coordinates[axis] = _without_gaps(coordinates[axis], r_max)
+        lengths = np.where(pbc, 1.0, coordinates.max(axis=1) + 2 * r_max + 1.0)
         box = cell * lengths[:, None]
-        corner = np.where(pbc, 0.0, extent.min(axis=1)) @ cell
-        positions = positions - corner + np.where(pbc, 0.0, r_max / lengths) @ box
+        positions = (coordinates + np.where(pbc, 0.0, r_max)[:, None]).T @ cell
     first, second, shifts = neighbour_list("ijS", positions=positions, cell=box, pbc=pbc, cutoff=float(r_max))
     return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.float64)
+
+
+def _without_gaps(coordinate: FloatArray, r_max: float) -> FloatArray:
+    """Coordinates (A) from 0 with the same neighbours, empty stretches longer than the cutoff shortened.
+
+    Otherwise the cell list's memory would grow with the distance of a molecule that flew away.
+    """
+    order = np.argsort(coordinate)
+    steps = np.minimum(np.diff(coordinate[order]), r_max + 1.0)
+    moved = np.empty_like(coordinate)
+    moved[order] = np.concatenate([[0.0], np.cumsum(steps)])
+    return moved
 
 
 def _complete(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:

@@ -1,4 +1,4 @@
-"""The only file that knows the modules of mace-torch 0.3.
+"""The file that knows the modules of mace-torch 0.3; `mace_networks.py` and `mace_names.py` belong to it.
 
 It imports them without their side effects, builds a network from a readable config, reads that config off a live
 network, and tells what a module is. A second family of backbones is a second file like this one.
@@ -16,12 +16,12 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import BackboneError
 
@@ -342,60 +342,7 @@ def is_untrained(parameter: object) -> bool:
     return _is_instance(parameter, "mace.modules.symmetric_contraction", "EmptyParam")
 
 
-def mark_untrained(network: nn.Module) -> None:
-    """Make `is_untrained` true again of what mace flagged: unpickling and moving to a GPU forget it."""
-    from mace.modules.symmetric_contraction import EmptyParam
-
-    for part in filter(is_contraction, network.modules()):
-        for name, flag in part.named_buffers(recurse=False):
-            if name.endswith("_zeroed") and bool(flag):
-                owner, key = (part, "weights_max") if "max" in name else (part.weights, name.split("_")[1])
-                if not is_untrained(getattr(owner, key)):
-                    setattr(owner, key, EmptyParam(getattr(owner, key).detach()))
-
-
 def _is_instance(module: object, where: str, class_name: str) -> bool:
     """Without importing mace: where it is not imported, nothing can be of its classes."""
     found = sys.modules.get(where)
     return found is not None and isinstance(module, getattr(found, class_name))
-
-
-# --- tensors --------------------------------------------------------------------------------------------------------
-
-
-def resize_contractions(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give symmetric contractions the coupling tensors' and weights' shapes that `tensors` has under their names.
-
-    A network trained with the reduced coupling tensors of cuequivariance has fewer paths; where that package is
-    absent, mace-torch builds the full ones. Its contraction works with either.
-    """
-    for prefix, part in network.named_modules():
-        if not is_contraction(part):
-            continue
-        for owner, path in ((part, prefix), (part.weights, f"{prefix}.weights")):
-            for store in (owner._buffers, owner._parameters):
-                for key, value in store.items():
-                    stored = tensors.get(f"{path}.{key}")
-                    if value is not None and stored is not None and stored.dim() == value.dim():
-                        fresh = value.detach().new_zeros(stored.shape)
-                        store[key] = nn.Parameter(fresh) if isinstance(value, nn.Parameter) else fresh
-
-
-def accept_neutral_graphs(network: nn.Module) -> None:
-    """Let a network with embeddings of total charge and spin take graphs that do not name them: 0 and singlet."""
-    specs = getattr(network, "embedding_specs", None) or {}
-    defaults = {"total_charge": 0.0, "total_spin": 1.0}
-    known = {name: defaults[name] for name in specs if name in defaults}
-    if unknown := sorted(set(specs) - set(defaults)):
-        raise BackboneError(f"the network embeds {', '.join(unknown)}; only total_charge and total_spin are supported")
-    if not known:
-        return
-
-    def fill(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        data = dict(arguments[0])
-        for name, value in known.items():
-            if name not in data:
-                data[name] = data["positions"].new_full((len(data["ptr"]) - 1,), value)
-        return (data, *arguments[1:])
-
-    network.register_forward_pre_hook(fill)

@@ -195,5 +195,4 @@ class Potential:
 
 def _same_form(one: AdapterConfig, other: AdapterConfig) -> bool:
     """Whether two adapters differ in their values alone: how they started does not matter any more."""
-    start = dict(seed=0, init_std=0.0)
-    return replace(one, **start) == replace(other, **start)
+    return replace(one, seed=0, init_std=0.0) == replace(other, seed=0, init_std=0.0)

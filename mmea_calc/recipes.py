@@ -1,4 +1,7 @@
-"""Named alternatives to the default recipe (the defaults of `TrainConfig` and `AdapterConfig`)."""
+"""Named alternatives to the default recipe (the defaults of `TrainConfig` and `AdapterConfig`).
+
+A method that has a recipe of its own name uses it where no recipe is named.
+"""
 
 from __future__ import annotations
 
@@ -31,5 +34,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "validate_every": 1,
     },
     # Full fine-tuning bears a tenth of the rate that adapters do (arXiv 2606.12704).
-    "full": {"lr": 0.001, "ema_decay": 0.999, "clip_norm": 1.0},
+    "full": {"lr": 0.001, "ema_decay": 0.99, "clip_norm": 1.0},
 }
+
+
+def recipe_for(method: str, name: str | None = None) -> Mapping[str, Any]:
+    """Settings of the recipe `name`; of the method's own one, or none, where no name is given.
+
+    Raises:
+        KeyError: no recipe is called `name`.
+    """
+    return RECIPES[name] if name is not None else RECIPES.get(method, {})

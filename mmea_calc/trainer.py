@@ -7,7 +7,6 @@ so a checkpoint at the end of an epoch holds all there is: weights, averages, op
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from .adapted import Adapter
 from .config import TrainConfig, to_dict
 from .dataset import Dataset
 from .errors import TrainingError
+from .files import replacing
 from .graph import Graph
 from .loss import Labels, Loss, batch_loss, collect_labels
 from .potential import Potential
@@ -345,12 +345,8 @@ class Trainer:
             "best": None if best is None else [best.epoch, best.stage, best.loss, best.values],
             "log": self.log,
         }
-        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}.part")
-        try:
+        with replacing(self.checkpoint) as temporary:
             torch.save(state, temporary)
-            os.replace(temporary, self.checkpoint)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def restore(self) -> bool:
         """Take up the state of the checkpoint; False if there is none.

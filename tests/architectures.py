@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from conftest import random_network
 from torch import nn
+
+from mmea_calc.adapted import attached
+from mmea_calc.contraction import remove_table_contraction
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "agnostic": {},
@@ -43,6 +47,20 @@ def _built(name: str) -> nn.Module:
     return random_network(**ARCHITECTURES[name])
 
 
-def fresh(name: str) -> nn.Module:
-    """A network of this shape that the test may change."""
-    return copy.deepcopy(_built(name))
+@contextmanager
+def borrowed(name: str) -> Iterator[nn.Module]:
+    """The network of this shape, in float64; what the test does to it is undone.
+
+    It is built once, which takes most of a second. A copy would not do: e3nn compiles what is copied, and compiled code
+    does not repeat itself to the bit.
+    """
+    network = _built(name)
+    assert attached(network) is None
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    try:
+        yield network
+    finally:
+        if adapter := attached(network):
+            adapter.detach()
+        remove_table_contraction(network)
+        network.double().load_state_dict(state)

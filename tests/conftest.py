@@ -17,6 +17,9 @@ from mmea_calc.adapted import Adapter
 from mmea_calc.graph import Batch, build_graph, collate
 from mmea_calc.mace_bridge import build_network
 
+# The networks of the tests are tiny: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 ELEMENTS = (1, 6, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -133,6 +134,48 @@ def test_loading_prints_nothing_and_leaves_the_process_as_it_was() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+_REPEAT = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+from ase.build import molecule
+from mmea_calc.backbone import load_backbone
+from mmea_calc.graph import build_graph, collate
+backbone = load_backbone()
+network = backbone.network.requires_grad_(True)
+molecules = [molecule("CH3CH2OH") for _ in range(4)]
+for k, atoms in enumerate(molecules):
+    atoms.rattle(0.1, seed=k)
+batch = collate([build_graph(atoms, 4.5) for atoms in molecules], backbone.elements, dtype=backbone.dtype)
+seen = set()
+for _ in range(4):
+    network.zero_grad()
+    output = network(dict(batch.tensors), training=True)
+    (output["forces"].square().sum() + output["energy"].sum()).backward()
+    parts = [output["forces"].detach()] + [p.grad for p in network.parameters() if p.grad is not None]
+    seen.add(torch.cat([part.flatten() for part in parts]).numpy().tobytes())
+sys.exit(len(seen) - 1)
+"""
+
+
+def test_first_call_in_a_process_gives_the_bits_of_every_later_one() -> None:
+    program = _REPEAT.format(paths=[str(ROOT)])
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_copied_network_computes_with_its_own_weights() -> None:
+    backbone = load_backbone(dtype="float64")
+    with quiet():
+        twin = copy.deepcopy(backbone.network)
+    batch = collate([build_graph(ethanol(), 4.5)], backbone.elements, dtype=backbone.dtype)
+    before = run(backbone.network, batch)["forces"]
+    for parameter in backbone.network.parameters():
+        parameter.mul_(1.1)
+    assert not torch.allclose(run(backbone.network, batch)["forces"], before)
+    assert torch.allclose(run(twin, batch)["forces"], before, rtol=0, atol=1e-9)
 
 
 def test_each_call_builds_a_network_of_its_own(default: Backbone) -> None:
@@ -334,7 +377,7 @@ def test_failed_writing_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monke
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(backbone_file, "save_file", fail)
+    monkeypatch.setattr(backbone_file, "save", fail)
     with pytest.raises(BackboneError, match="disk full"):
         save_backbone(target, config, state)
     assert target.read_bytes() == b"the old one"

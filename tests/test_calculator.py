@@ -574,7 +574,8 @@ def test_langevin_dynamics_repeats_itself_with_the_same_seed() -> None:
         atoms.calc = MMEACalculator([adapter_for(backbone, s) for s in (1, 2)], backbone)
         rng = np.random.default_rng(2)
         heat(atoms, rng)
-        Langevin(atoms, 0.2 * units.fs, temperature_K=300, friction=0.01 / units.fs, rng=rng).run(5)
+        friction = 0.01 / units.fs
+        Langevin(atoms, 0.2 * units.fs, temperature_K=300, friction=friction, fixcm=False, rng=rng).run(5)
         ends.append(atoms.positions.copy())
     assert np.array_equal(*ends)
     assert np.isfinite(ends[0]).all()

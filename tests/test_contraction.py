@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, fresh
+from architectures import ARCHITECTURES, borrowed
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run
 from torch import Tensor, nn
 
-from mmea_calc.adapted import attach
+from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
 from mmea_calc.contraction import remove_table_contraction, use_table_contraction
 from mmea_calc.graph import Batch, build_graph, collate
@@ -37,28 +36,29 @@ def assert_agree(network: nn.Module, batch: Batch, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_table_form_gives_the_stock_values(name: str) -> None:
-    network = fresh(name)
-    assert use_table_contraction(network) == len(symmetric_contractions(network)) > 0
-    assert_agree(network, structures(), 1e-12)
-    assert_agree(network.float(), structures(torch.float32), 1e-5)
+    with borrowed(name) as network:
+        assert use_table_contraction(network) == len(symmetric_contractions(network)) > 0
+        assert_agree(network, structures(), 1e-12)
+        assert_agree(network.float(), structures(torch.float32), 1e-5)
+
+
+def gradients(network: nn.Module, adapter: Adapter) -> list[Tensor]:
+    """Of a loss of forces and energies: second derivatives of the network."""
+    tensors = dict(structures().tensors)
+    output = network({**tensors, "positions": tensors["positions"].clone()}, training=True)
+    loss = output["forces"].square().sum() + output["energy"].square().sum()
+    found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
+    return [g if g is not None else torch.zeros(()) for g in found]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_of_a_loss_of_forces_is_the_stock_one(name: str) -> None:
-    network = fresh(name)
-    adapter = attach(network, AdapterConfig(gate_rank=2, low_rank=2))
-    randomise(adapter, std=0.2)
-
-    def gradients() -> list[Tensor]:
-        tensors = dict(structures().tensors)
-        output = network({**tensors, "positions": tensors["positions"].clone()}, training=True)
-        loss = output["forces"].square().sum() + output["energy"].square().sum()
-        found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
-        return [g if g is not None else torch.zeros(()) for g in found]
-
-    stock = gradients()
-    use_table_contraction(network)
-    table = gradients()
+    with borrowed(name) as network:
+        adapter = attach(network, AdapterConfig(gate_rank=2, low_rank=2))
+        randomise(adapter)
+        stock = gradients(network, adapter)
+        use_table_contraction(network)
+        table = gradients(network, adapter)
     scale = max(float(g.abs().max()) for g in stock)
     assert scale > 1e-3
     for one, other in zip(table, stock, strict=True):
@@ -76,8 +76,13 @@ def test_many_elements_and_an_element_that_is_absent() -> None:
     assert_agree(network, collate([build_graph(ethanol(), 4.0)], elements, dtype=torch.float64), 1e-12)
 
 
-def test_removing_restores_the_stock_module() -> None:
-    network = fresh("agnostic")
+@pytest.fixture
+def network() -> Iterator[nn.Module]:
+    with borrowed("agnostic") as network:
+        yield network
+
+
+def test_removing_restores_the_stock_module(network: nn.Module) -> None:
     before = {name: set(module.__dict__) for name, module in network.named_modules()}
     state, stock = list(network.state_dict()), run(network, structures())
     use_table_contraction(network)
@@ -117,7 +122,7 @@ def loaded(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [in_place, replaced, new_data, loaded])
 def test_no_table_outlives_its_weights(change: Callable[[nn.Module], None]) -> None:
-    network = fresh("agnostic")
+    network = random_network()
     use_table_contraction(network)
     before = run(network, structures())["forces"]
     change(network)
@@ -125,21 +130,19 @@ def test_no_table_outlives_its_weights(change: Callable[[nn.Module], None]) -> N
     assert_agree(network, structures(), 1e-12)
 
 
-def test_no_table_outlives_a_change_of_precision() -> None:
-    network = fresh("agnostic")
+def test_no_table_outlives_a_change_of_precision(network: nn.Module) -> None:
     use_table_contraction(network)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.float64, 1e-12)):
         assert_agree(network.to(dtype), structures(dtype), tolerance)
 
 
-def test_no_table_outlives_an_adapter() -> None:
-    network = fresh("agnostic")
+def test_no_table_outlives_an_adapter(network: nn.Module) -> None:
     use_table_contraction(network)
     bare = run(network, structures())["forces"]
     adapter = attach(network, AdapterConfig(gate_rank=2, low_rank=2))
     seen = []
     for seed in (1, 2):
-        randomise(adapter, seed=seed, std=0.3)
+        randomise(adapter, seed=seed)
         seen.append(run(network, structures())["forces"])
         adapter.merge()
         torch.testing.assert_close(run(network, structures())["forces"], seen[-1], rtol=0, atol=1e-12)
@@ -153,24 +156,23 @@ def test_no_table_outlives_an_adapter() -> None:
     assert torch.equal(run(network, structures())["forces"], bare)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["copy", "pickle"])
-def test_a_copy_of_a_network_reads_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
-    network = fresh("agnostic")
+# e3nn 0.4 compiles what is copied; torch finds fault with its annotations.
+@pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning")
+def test_a_copy_of_a_network_reads_its_own_weights(network: nn.Module) -> None:
     use_table_contraction(network)
     before = run(network, structures())["forces"]
-    other = copied(network)
-    assert torch.equal(run(other, structures())["forces"], before)
+    other = copy.deepcopy(network)
+    torch.testing.assert_close(run(other, structures())["forces"], before, rtol=0, atol=1e-12)
     in_place(other)
     assert torch.equal(run(network, structures())["forces"], before)
     assert not torch.allclose(run(other, structures())["forces"], before)
     assert_agree(other, structures(), 1e-12)
 
 
-def test_tables_made_in_inference_mode_do_not_reach_a_gradient() -> None:
-    network = fresh("agnostic")
+def test_tables_made_in_inference_mode_do_not_reach_a_gradient(network: nn.Module) -> None:
     use_table_contraction(network)
     expected = run(network, structures())
-    other = fresh("agnostic")
+    other = random_network()
     use_table_contraction(other)
     with torch.inference_mode():
         energy = run(other, structures(), compute_force=False)["energy"]
@@ -178,8 +180,7 @@ def test_tables_made_in_inference_mode_do_not_reach_a_gradient() -> None:
     assert torch.equal(run(other, structures())["forces"], expected["forces"])
 
 
-def test_no_atoms_give_no_rows() -> None:
-    network = fresh("agnostic")
+def test_no_atoms_give_no_rows(network: nn.Module) -> None:
     (_, module), *_ = symmetric_contractions(network)
     use_table_contraction(network)
     n = module.forward.n  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, fresh
+from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
 from conftest import batch_of, crystal, ethanol, randomise, run
 from scipy.spatial.transform import Rotation
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
 from mmea_calc.contraction import use_table_contraction
+from mmea_calc.methods import METHODS
 
 RTOL = 1e-10
 CASES = [
@@ -30,7 +31,7 @@ def prepare(network: nn.Module, method: str, phi: str) -> Adapter:
     """Random gates, some of them levelling off, and random updates; the table contraction on top."""
     config = AdapterConfig(method=method, phi=phi, gate_rank=3, low_rank=2)  # type: ignore[arg-type]
     adapter = attach(network, config)
-    randomise(adapter, std=0.3)
+    randomise(adapter)
     for i, gate in enumerate(adapter.gates.values()):
         if i % 2:
             gate.set_range(torch.full_like(gate.z_low, -0.02), torch.full_like(gate.z_high, 0.03))
@@ -38,16 +39,39 @@ def prepare(network: nn.Module, method: str, phi: str) -> Adapter:
     return adapter
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_at_the_start_the_adapted_network_is_its_backbone_to_the_bit(name: str) -> None:
+    batches = batch_of(ethanol()), batch_of(crystal())
+    with borrowed(name) as network:
+        before = [run(network, batch, compute_stress=True) for batch in batches]
+        for method in METHODS:
+            adapter = attach(network, AdapterConfig(method=method))
+            for batch, expected in zip(batches, before, strict=True):
+                found = run(network, batch, compute_stress=True)
+                for key in ("energy", "node_energy", "forces", "stress"):
+                    assert torch.equal(found[key], expected[key]), (method, key)
+            adapter.detach()
+
+
+def test_each_head_of_a_network_is_adapted() -> None:
+    with borrowed("heads") as network:
+        bare = [run(network, batch_of(ethanol(), head=head))["forces"] for head in (0, 1)]
+        adapter = prepare(network, "mmea", "exp")
+        for head in (0, 1):
+            changed = run(adapter.network, batch_of(ethanol(), head=head))["forces"]
+            assert float((changed - bare[head]).abs().max()) > 1e-3
+
+
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def adapted(request: pytest.FixtureRequest) -> Iterator[Adapter]:
     name, method, phi = request.param
-    network = fresh(name)
-    bare = run(network, batch_of(ethanol()))
-    adapter = prepare(network, method, phi)
-    changed = run(network, batch_of(ethanol()))
-    # what follows would say nothing of an adapter that changes nothing
-    assert float((changed["forces"] - bare["forces"]).abs().max()) > 1e-3 * float(bare["forces"].abs().max())
-    yield adapter
+    with borrowed(name) as network:
+        bare = run(network, batch_of(ethanol()))
+        adapter = prepare(network, method, phi)
+        changed = run(network, batch_of(ethanol()))
+        # what follows would say nothing of an adapter that changes nothing
+        assert float((changed["forces"] - bare["forces"]).abs().max()) > 1e-3 * float(bare["forces"].abs().max())
+        yield adapter
 
 
 def evaluate(adapter: Adapter, atoms: Atoms) -> dict[str, Tensor]:
@@ -114,7 +138,7 @@ def test_forces_are_the_gradient_of_the_energy(adapted: Adapter) -> None:
 
 
 def test_stress_is_the_gradient_of_the_energy_by_strain(adapted: Adapter) -> None:
-    atoms, step = crystal(), 1e-4
+    atoms, step = crystal(), 3e-5
     stress = evaluate(adapted, atoms)["stress"][0]
     pairs = ((0, 0), (1, 2))
     strained = []
@@ -129,26 +153,3 @@ def test_stress_is_the_gradient_of_the_energy_by_strain(adapted: Adapter) -> Non
     numeric = (energies[0::2] - energies[1::2]) / (2 * step) / atoms.get_volume()
     expected = stress[[i for i, _ in pairs], [j for _, j in pairs]]
     torch.testing.assert_close(numeric, expected, rtol=0, atol=1e-6 * max(0.1, float(stress.abs().max())))
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_at_the_start_the_adapted_network_is_its_backbone_to_the_bit(name: str) -> None:
-    network = fresh(name)
-    batches = batch_of(ethanol()), batch_of(crystal())
-    before = [run(network, batch, compute_stress=True) for batch in batches]
-    for method in ("mmea", "gates", "elora", "full", "readout"):
-        adapter = attach(network, AdapterConfig(method=method))
-        for batch, expected in zip(batches, before, strict=True):
-            found = run(network, batch, compute_stress=True)
-            for key in ("energy", "node_energy", "forces", "stress"):
-                assert torch.equal(found[key], expected[key]), (method, key)
-        adapter.detach()
-
-
-def test_each_head_of_a_network_is_adapted() -> None:
-    network = fresh("heads")
-    bare = [run(network, batch_of(ethanol(), head=head))["forces"] for head in (0, 1)]
-    prepare(network, "mmea", "exp")
-    for head in (0, 1):
-        changed = run(network, batch_of(ethanol(), head=head))["forces"]
-        assert float((changed - bare[head]).abs().max()) > 1e-3

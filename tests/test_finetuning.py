@@ -259,7 +259,7 @@ def test_the_run_folder_tells_what_the_run_was(tmp_path: Path) -> None:
     recorded = json.loads((run / "data.json").read_text())["split"]
     used = [i for part in ("train", "valid") for rows in recorded[part].values() for i in rows]
     assert sorted(used) == list(range(12))
-    assert {p.name for p in run.iterdir()} >= {"log.csv", "checkpoint.pt", "learning_curve.png", "parity.png"}
+    assert {p.name for p in run.iterdir()} >= {"log.csv", "checkpoint.pt", "learning_curve.png", "parity_valid.png"}
 
 
 def test_the_loss_is_the_weighted_mean_of_squared_errors_over_what_is_labelled(tmp_path: Path) -> None:

@@ -15,15 +15,14 @@ import torch
 from conftest import batch_of, ethanol, network_config, random_network, run
 from mmea_calc.errors import BackboneError
 from mmea_calc.mace_bridge import (
-    accept_neutral_graphs,
     build_network,
     config_of,
     is_bessel,
     is_contraction,
     is_untrained,
-    mark_untrained,
     symmetric_contractions,
 )
+from mmea_calc.mace_networks import accept_neutral_graphs, mark_untrained
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,6 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**changes: Any) -> PretrainConfig:
-    from dataclasses import replace
-
     return replace(SHORT, **changes)
 
 
@@ -142,7 +142,7 @@ def test_shipped_set_is_whole_and_split_by_composition() -> None:
     compositions = []
     for s in sets:
         ends = s.starts.tolist()
-        compositions.append({tuple(sorted(s.elements[a:b].tolist())) for a, b in zip(ends[:-1], ends[1:], strict=True)})
+        compositions.append({tuple(sorted(s.elements[a:b].tolist())) for a, b in pairwise(ends)})
         assert float(s.forces.abs().max()) < label.LARGEST_FORCE
         # molecules: bound, by less than 10 eV per atom
         per_atom = s.energy / s.n_atoms
@@ -233,8 +233,9 @@ def test_labelling_is_resumable_and_packs_into_a_set(
     (raw / "e0.json").write_bytes((PBE / "e0.json").read_bytes())
     assert main(["pack", str(raw), "--out", str(tmp_path / "set"), "--valid-fraction", "0.3"]) == 0
     assert "train-0" in capsys.readouterr().out
-    made = [PackedSet([tmp_path / "set" / f"{n}.npz"], e0=read_e0(tmp_path / "set"), elements=ELEMENTS, device=torch.device("cpu"))
-            for n in ("train-0", "valid")]  # fmt: skip
+    e0, device = read_e0(tmp_path / "set"), torch.device("cpu")
+    files = [tmp_path / "set" / name for name in ("train-0.npz", "valid.npz")]
+    made = [PackedSet([file], e0=e0, elements=ELEMENTS, device=device) for file in files]
     assert sum(len(s) for s in made) == 30
     assert float(made[0].forces.mean()) == pytest.approx(0.1)
 

@@ -6,6 +6,7 @@ Velocities are in A/fs, masses in u (amu), times in fs, wavenumbers in 1/cm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ase import units
@@ -16,7 +17,7 @@ from mmea_calc.errors import DataError
 
 from .statistics import correlation
 
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating[Any]]
 
 # 1/fs -> 1/cm: a vibration of one per fs has this wavenumber.
 PER_CM = 1e15 / (units._c * 100.0)

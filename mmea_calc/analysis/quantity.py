@@ -1,33 +1,30 @@
-"""A run's quantities, each as curves to draw and columns to write: what the page shows, before any ink."""
+"""A quantity of a run: curves to draw and columns to write, before any ink; and the selection that it is made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import motion, structure
 from .reader import Frames, Replica, Run
-from .statistics import block_average
+from .structure import InternalCoordinates, find_bonds
 
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating[Any]]
 Columns = dict[str, list[Any]]
-
-# Part of a run that averages leave out unless told otherwise: it is still forgetting how it was started.
-SKIP_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. Lines with the same `kelvin` share a colour; `label` is for the legend, at most once per label."""
+    """One curve. Lines of the same `target_K` share a colour; a label that several lines bear is shown once."""
 
     x: FloatArray
     y: FloatArray
     label: str
-    kelvin: float
+    target_K: float
     style: str = "-"
     faint: bool = False
 
@@ -67,20 +64,37 @@ class Quantity:
 
 @dataclass
 class Selection:
-    """Replicas of one start structure, with their frames after the part that is left out, read once.
+    """Replicas of one start structure, without the part of the run that averages leave out. Frames are read once.
 
     Attributes:
         run: where they are from.
-        replicas: of one start structure.
-        skip_fs: what averages leave out.
-        omitted: sentences on what could not be shown, and on what to beware of.
+        replicas: all of one start structure, at least one.
+        skip_fs: length of the part that is left out.
+        remarks: sentences on what could not be shown, and on what to beware of.
     """
 
     run: Run
     replicas: tuple[Replica, ...]
     skip_fs: float
-    omitted: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     _frames: dict[str, Frames] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Replica:
+        """For what all replicas share: atoms, cell, periodicity."""
+        return self.replicas[0]
+
+    @cached_property
+    def start_positions(self) -> FloatArray:
+        """Positions at the start, (1, n_atoms, 3); (0, n_atoms, 3) for a run without frames."""
+        return self.run.frames(self.first).positions_A[:1]
+
+    @cached_property
+    def bonds(self) -> InternalCoordinates:
+        """Bonds at the start."""
+        if not len(self.start_positions):
+            return InternalCoordinates(np.zeros((0, 2), np.int64), np.zeros((0, 2, 3), np.int64))
+        return find_bonds(self.first.numbers, self.start_positions[0], self.first.cell_A, self.first.pbc)
 
     def frames(self, replica: Replica) -> Frames:
         """Frames after the part that is left out."""
@@ -94,46 +108,27 @@ class Selection:
 
     def samples(self, replica: Replica, name: str) -> tuple[FloatArray, FloatArray]:
         """Times (fs) and finite values of an observable after the part that is left out."""
-        values = replica.observables.get(name, np.full(len(replica.time_fs), np.nan))
-        keep = np.isfinite(values) & (replica.time_fs >= self.skip_fs - 1e-6)
-        return replica.time_fs[keep], values[keep]
+        time, values = finite(replica, name)
+        keep = time >= self.skip_fs - 1e-6
+        return time[keep], values[keep]
 
 
 def temperatures(replicas: Sequence[Replica]) -> Iterator[tuple[float, list[Replica]]]:
     """Replicas of every temperature, coldest first."""
-    for kelvin in sorted({r.target_K for r in replicas}):
-        yield kelvin, [r for r in replicas if r.target_K == kelvin]
+    for target_K in sorted({r.target_K for r in replicas}):
+        yield target_K, [r for r in replicas if r.target_K == target_K]
 
 
-def finite(replica: Replica, name: str, *others: str) -> tuple[FloatArray, FloatArray]:
-    """Times and values of an observable where it and the others were measured."""
+def finite(replica: Replica, *names: str) -> tuple[FloatArray, ...]:
+    """Times (fs) at which all of these observables were measured, and their values there."""
     missing = np.full(len(replica.time_fs), np.nan)
-    keep = np.all([np.isfinite(replica.observables.get(key, missing)) for key in (name, *others)], axis=0)
-    return replica.time_fs[keep], replica.observables.get(name, missing)[keep]
+    values = [replica.observables.get(name, missing) for name in names]
+    keep = np.all(np.isfinite(values), axis=0)
+    return replica.time_fs[keep], *(v[keep] for v in values)
 
 
-def running_mean(values: FloatArray) -> FloatArray:
-    return np.cumsum(values) / np.arange(1, values.size + 1)
-
-
-def start_columns(*names: str) -> Columns:
-    return {"replica": [], "target_K": [], **{name: [] for name in names}}
-
-
-def extend(columns: Columns, replica: Replica, **values: Sequence[Any] | NDArray[Any]) -> None:
-    n = len(next(iter(values.values())))
-    for key, more in {"replica": [replica.name] * n, "target_K": [replica.target_K] * n, **values}.items():
-        columns[key].extend(more)
-
-
-def quantity(
-    name: str, title: str, note: str, panels: list[Panel], columns: Columns, selection: Selection, per_row: int = 3
-) -> Quantity | None:
-    if not panels:
-        selection.omitted.append(f"{title}: the run has stored nothing to show.")
-        return None
-    return Quantity(name, title, note, panels, columns, per_row)
-
-
-def too_short(what: str, frames: int) -> str:
-    return f"{what} need at least {frames} frames after the part that is left out: run for longer."
+def extend(columns: Columns, **values: Sequence[Any] | FloatArray | str | float) -> None:
+    """Append to columns, which come to be in the order of the first call; a single value is repeated."""
+    n = max(len(v) for v in values.values() if not isinstance(v, str | float))
+    for key, more in values.items():
+        columns.setdefault(key, []).extend([more] * n if isinstance(more, str | float) else more)

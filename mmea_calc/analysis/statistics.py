@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmea_calc.errors import DataError
 
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating[Any]]
 
 # Values whose Fourier transforms are held in memory at once by `correlation`; 2**22 complex numbers are 64 MiB.
 _TRANSFORMED_AT_ONCE = 2**22

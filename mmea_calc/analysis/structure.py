@@ -6,9 +6,10 @@ unwrapped positions it is then followed through the trajectory by plain differen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from mmea_calc.errors import DataError
 from mmea_calc.neighbours import neighbours
 
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.int64]
 
 # Two atoms are bonded up to this many times the sum of their covalent radii.
@@ -46,7 +47,7 @@ class InternalCoordinates:
         """Positions of the atoms, (n_frames, n, k, 3), from those of the trajectory, (n_frames, n_atoms, 3)."""
         return positions_A[:, self.atoms] + self.images @ cell_A
 
-    def select(self, which: ArrayLike) -> InternalCoordinates:
+    def select(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> InternalCoordinates:
         """Some of them, by index or mask."""
         return InternalCoordinates(self.atoms[which], self.images[which])
 
@@ -138,16 +139,16 @@ def _in_ring(partners: dict[int, list[tuple[int, IntArray]]], start: int, end: i
     return False
 
 
-def _coordinates(atoms: list[tuple[int, ...]], images: list[tuple[IntArray, ...]], k: int) -> InternalCoordinates:
+def _coordinates(atoms: Sequence[Sequence[int]], images: Sequence[Sequence[IntArray]], k: int) -> InternalCoordinates:
     return InternalCoordinates(
         np.array(atoms, dtype=np.int64).reshape(-1, k), np.array(images, dtype=np.int64).reshape(-1, k, 3)
     )
 
 
 def type_labels(numbers: ArrayLike, coordinates: InternalCoordinates) -> list[str]:
-    """Elements of every coordinate, e.g. "C-O" or "H-C-H"; the direction does not matter."""
-    z = np.asarray(numbers)[coordinates.atoms]
-    return ["-".join(chemical_symbols[e] for e in min(tuple(row), tuple(row[::-1]))) for row in z.tolist()]
+    """Elements of every coordinate, e.g. "C-O" or "H-C-H", from the end that is first in the alphabet."""
+    rows = [[chemical_symbols[z] for z in row] for row in np.asarray(numbers)[coordinates.atoms].tolist()]
+    return ["-".join(min(row, row[::-1])) for row in rows]
 
 
 def atom_labels(numbers: ArrayLike, coordinates: InternalCoordinates) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +68,7 @@ class ReplicaForces:
         self.pairs, self.distances2 = pairs, distances2
         near, unit_shifts = self._near_the_origin(positions, edges)
         old = self.batch.tensors
-        if not self._any_periodic:
-            shifts = unit_shifts
-        else:
-            shifts = torch.einsum("ei,eij->ej", unit_shifts, self._cell[edges.index[0]])
+        shifts = _times(unit_shifts, self._cell[edges.index[0]]) if self._any_periodic else unit_shifts
         tensors = {
             "positions": near.to(old["positions"].dtype),
             "edge_index": edges.index,
@@ -88,13 +86,13 @@ class ReplicaForces:
         if not self._any_periodic:
             middle = self.layout.sum(positions) / self._count
             return positions - middle[self.layout.owner], edges.unit_shifts
-        fractional = torch.einsum("ai,aij->aj", positions, self._inverse)
+        fractional = _times(positions, self._inverse)
         lattice = torch.where(self._pbc, torch.floor(fractional), 0.0)
         moved = lattice
         if not self._all_periodic:
             middle = (self.layout.sum(fractional) / self._count)[self.layout.owner]
             moved = torch.where(self._pbc, lattice, middle)
-        near = positions - torch.einsum("ai,aij->aj", moved, self._cell)
+        near = positions - _times(moved, self._cell)
         sender, receiver = edges.index
         return near, edges.unit_shifts + lattice[receiver] - lattice[sender]
 
@@ -118,7 +116,7 @@ class ReplicaForces:
         sender, receiver = self.pairs.index
         # An atom can be bound to its own image: of the two directions the one with the first positive shift stays.
         shift = self.pairs.unit_shifts
-        sign = torch.sign(shift[:, 0] * 9 + torch.sign(shift[:, 1]) * 3 + torch.sign(shift[:, 2]))
+        sign = (torch.sign(shift) * shift.new_tensor([4.0, 2.0, 1.0])).sum(1)
         first = (sender < receiver) | ((sender == receiver) & (sign > 0))
         return self.pairs[close & first]
 
@@ -128,7 +126,7 @@ class ReplicaForces:
         adapter = self.potential.adapter
         found: list[Tensor] = []
 
-        def look(gate: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def look(gate: Any, inputs: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
                 excess = gate.excess(inputs[0])
                 if excess.shape == self.layout.owner.shape:  # a layer of atoms; others are not the replicas'
@@ -141,3 +139,8 @@ class ReplicaForces:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _times(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """(n, 3) times (n, 3, 3); much faster than a batched product of so small matrices."""
+    return (vectors[:, :, None] * matrices).sum(1)

@@ -48,7 +48,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
         for pair in (_MULTIPLIERS, _WEYL)
     )
     for _ in range(_ROUNDS):
-        # Each product serves the other pair. int64 wraps around, which leaves all 64 bits of the unsigned product right.
+        # Each product serves the other pair. int64 wraps around, which leaves all 64 bits of the product right.
         product = even * multipliers
         even, odd = (product >> 32 & _WORD).flip(0) ^ odd ^ keys, (product & _WORD).flip(0)
         keys = keys + weyl & _WORD

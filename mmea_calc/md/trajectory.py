@@ -31,6 +31,19 @@ becomes the twin (one checkpoint behind, which the next one makes up for). Every
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from ase import Atoms, units
+from numpy.typing import NDArray
+
+from ..errors import TrajectoryError
+
 # name -> unit, of the observables of a replica
 OBSERVABLES: dict[str, str] = {
     "temperature": "K",  # of the velocities at the end of a step; see `mmea_calc.md.state` for degrees of freedom
@@ -45,3 +58,135 @@ OBSERVABLES: dict[str, str] = {
     "gate_excess": "1",  # how far a gate is outside the range seen in training, in widths of that range
     "adapted_minus_bare": "eV Angstrom-1",  # root mean square over components of the difference of forces
 }
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a file says of a replica.
+
+    Attributes:
+        name: its group.
+        start, temperature_K, number: which replica it is.
+        numbers: atomic numbers, (n_atoms,).
+        masses: u, (n_atoms,).
+        cell: rows are lattice vectors, A; used with a periodic direction only.
+        pbc: periodic directions.
+    """
+
+    name: str
+    start: int
+    temperature_K: float
+    number: int
+    numbers: NDArray[np.int64]
+    masses: NDArray[np.float64]
+    cell: NDArray[np.float64]
+    pbc: tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True)
+class ReplicaTrajectory:
+    """All that a file holds of one replica.
+
+    Attributes:
+        member: which replica, atoms, cell.
+        steps: (n_frames,); times_ps: of the frames, ps.
+        positions: (n_frames, n_atoms, 3), A, in the precision of the file.
+        velocities: the same in A/fs, or None.
+        sample_steps: (n_samples,); sample_times_ps: ps.
+        observables: name -> (n_samples,); units in `OBSERVABLES`.
+    """
+
+    member: Member
+    steps: NDArray[np.int64]
+    times_ps: NDArray[np.float64]
+    positions: NDArray[Any]
+    velocities: NDArray[Any] | None
+    sample_steps: NDArray[np.int64]
+    sample_times_ps: NDArray[np.float64]
+    observables: dict[str, NDArray[np.float64]]
+
+    def frames(self, every: int = 1) -> Iterator[Atoms]:
+        """The frames as structures, with velocities; `info` has replica, step, time_ps, temperature_K (target)."""
+        for k in range(0, len(self.steps), every):
+            member = self.member
+            atoms = Atoms(member.numbers, self.positions[k], masses=member.masses, cell=member.cell, pbc=member.pbc)
+            if self.velocities is not None:
+                atoms.set_velocities(self.velocities[k] / units.fs)
+            atoms.info.update(
+                replica=member.name,
+                step=int(self.steps[k]),
+                time_ps=float(self.times_ps[k]),
+                temperature_K=member.temperature_K,
+            )
+            yield atoms
+
+
+def trajectory_file(path: str | Path) -> Path:
+    """The file of a run folder, or the file itself. Raises TrajectoryError."""
+    path = Path(path)
+    path = path / "trajectory.h5" if path.is_dir() else path
+    if not path.is_file():
+        raise TrajectoryError(f"there is no trajectory {path}; expected a run folder or its trajectory.h5")
+    return path
+
+
+def replica_names(path: str | Path) -> list[str]:
+    """Replicas of a file or run folder, by start, temperature and number. Raises TrajectoryError."""
+    with _opened(trajectory_file(path)) as file:
+        of = {name: dict(group.attrs) for name, group in file["particles"].items()}
+    return sorted(of, key=lambda n: (of[n]["start_index"], of[n]["temperature_K"], of[n]["replica_index"]))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Settings of the run that wrote a file (`MDConfig` as plain values). Raises TrajectoryError."""
+    with _opened(trajectory_file(path)) as file:
+        return dict(json.loads(file["parameters"].attrs["config"]))
+
+
+def read_replica(path: str | Path, name: str, *, frames: bool = True) -> ReplicaTrajectory:
+    """One replica of a file or run folder; without `frames` its observables only.
+
+    Raises:
+        TrajectoryError: no such file or replica, or a file that cannot be read.
+    """
+    path = trajectory_file(path)
+    with _opened(path) as file:
+        if name not in file["particles"]:
+            raise TrajectoryError(f"{path} has no replica {name!r}; it has {', '.join(sorted(file['particles']))}")
+        group, observables = file[f"particles/{name}"], file[f"observables/{name}"]
+        some = slice(None) if frames else slice(0, 0)
+        first = next(iter(observables.values()))
+        periodic = "edges" in group["box"] and group["box/edges/value"].shape[0]
+        return ReplicaTrajectory(
+            member=Member(
+                name=name,
+                start=int(group.attrs["start_index"]),
+                temperature_K=float(group.attrs["temperature_K"]),
+                number=int(group.attrs["replica_index"]),
+                numbers=group["species"][:],
+                masses=group["mass"][:],
+                cell=group["box/edges/value"][0] if periodic else np.zeros((3, 3)),
+                pbc=tuple(_text(b) == "periodic" for b in group["box"].attrs["boundary"]),  # type: ignore[arg-type]
+            ),
+            steps=group["position/step"][some],
+            times_ps=group["position/time"][some],
+            positions=group["position/value"][some],
+            velocities=group["velocity/value"][some] if "velocity" in group else None,
+            sample_steps=first["step"][:],
+            sample_times_ps=first["time"][:],
+            observables={key: element["value"][:] for key, element in observables.items()},
+        )
+
+
+def _opened(path: Path) -> h5py.File:
+    try:
+        file = h5py.File(path, "r")
+        if "particles" not in file or "observables" not in file:
+            raise TrajectoryError(f"{path} is an HDF5 file, but not a trajectory of `mmea md`")
+    except OSError as problem:
+        raise TrajectoryError(f"{path} is no HDF5 file that can be read: {problem}") from problem
+    return file
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

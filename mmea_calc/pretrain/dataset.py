@@ -61,7 +61,7 @@ class PackedSet:
         device: torch.device,
         limit: int | None = None,
     ) -> None:
-        arrays = _read(files)
+        arrays = read_arrays(files)
         n_atoms = arrays["n_atoms"].astype(np.int64)[:limit]
         last = int(n_atoms.sum())
         numbers = arrays["numbers"].astype(np.int64)[:last]
@@ -122,14 +122,14 @@ class PackedSet:
         return sum(s.inputs["edge_index"].shape[1] for s in samples) / sum(len(s.forces) for s in samples)
 
 
-def _read(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The arrays of several files, one after the other. Raises DataError."""
+def read_arrays(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The arrays of several packed files, one after the other. Raises DataError."""
     if not files:
         raise DataError("no packed set found; expected train-*.npz and valid.npz in the folder")
     parts: list[dict[str, np.ndarray]] = []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as content:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
                 parts.append({key: content[key] for key in _KEYS})
         except (OSError, ValueError, KeyError, BadZipFile) as problem:
             raise DataError(f"{file} is not a packed set with {', '.join(_KEYS)} ({problem})") from problem

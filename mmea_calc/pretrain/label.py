@@ -10,6 +10,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from ..errors import DataError, MMEAError
-from .dataset import _read, read_e0
+from .dataset import read_arrays, read_e0
 
 # CODATA 2018, eV and A; the shipped reference energies were made with them
 HARTREE, BOHR = 27.211386245988, 0.529177210903
@@ -81,9 +82,9 @@ def draw(folder: Path, max_heavy: int, skip: set[int]) -> Iterator[tuple[int, np
     Yields:
         number of the structure in the set, atomic numbers, positions (A).
     """
-    arrays = _read(sorted(folder.glob("train-[0-9]*.npz")))
+    arrays = read_arrays(sorted(folder.glob("train-[0-9]*.npz")))
     starts = np.concatenate([[0], np.cumsum(arrays["n_atoms"].astype(np.int64))])
-    spans = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    spans = [slice(a, b) for a, b in pairwise(starts)]
 
     def fits(span: slice) -> bool:
         n_atoms, heavy = span.stop - span.start, int((arrays["numbers"][span] > 1).sum())

@@ -26,6 +26,7 @@ from ..backbone import load_backbone, save_backbone
 from ..contraction import use_table_contraction
 from ..errors import DataError, TrainingError
 from ..mace_bridge import build_network, is_untrained
+from ..mace_networks import repeat_to_the_bit
 from .dataset import PackedSet, Sample, read_e0
 
 ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
@@ -142,6 +143,7 @@ class _Run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
                 self.network = build_network(self.config).to(self.device, torch.float32)
+            repeat_to_the_bit(self.network)
             use_table_contraction(self.network)
         else:
             backbone = load_backbone(start, device=str(self.device))
@@ -170,7 +172,10 @@ class _Run:
         self.parameters = named
         heavy = [p for n, p in named.items() if any(k in n for k in ("linear.weight", "skip_tp", "weights"))]
         light = [p for p in named.values() if all(p is not h for h in heavy)]
-        groups = [{"params": heavy, "weight_decay": self.settings.weight_decay}, {"params": light}]
+        groups: list[dict[str, Any]] = [
+            {"params": heavy, "weight_decay": self.settings.weight_decay},
+            {"params": light},
+        ]
         self.optimiser = torch.optim.Adam(groups, lr=self.settings.lr, amsgrad=True)
         self.moving = {n: p.detach().clone() for n, p in named.items()}
         self.generator = torch.Generator().manual_seed(self.settings.seed)

@@ -1,0 +1,80 @@
+"""What networks of mace-torch 0.3 need before they are used here: tensors of another shape, marks, missing inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._e3nn import o3
+from .errors import BackboneError
+from .mace_bridge import is_contraction, is_untrained
+
+
+def mark_untrained(network: nn.Module) -> None:
+    """Make `is_untrained` true again of what mace flagged: unpickling and moving to a GPU forget it."""
+    from mace.modules.symmetric_contraction import EmptyParam
+
+    for part in filter(is_contraction, network.modules()):
+        for name, flag in part.named_buffers(recurse=False):
+            if name.endswith("_zeroed") and bool(flag):
+                owner, key = (part, "weights_max") if "max" in name else (part.weights, name.split("_")[1])
+                if not is_untrained(getattr(owner, key)):
+                    setattr(owner, key, EmptyParam(getattr(owner, key).detach()))
+
+
+def resize_contractions(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give symmetric contractions the coupling tensors' and weights' shapes that `tensors` has under their names.
+
+    A network trained with the reduced coupling tensors of cuequivariance has fewer paths; where that package is
+    absent, mace-torch builds the full ones. Its contraction works with either.
+    """
+    for prefix, part in network.named_modules():
+        if not is_contraction(part):
+            continue
+        for owner, path in ((part, prefix), (part.weights, f"{prefix}.weights")):
+            for store in (owner._buffers, owner._parameters):
+                for key, value in store.items():
+                    stored = tensors.get(f"{path}.{key}")
+                    if value is not None and stored is not None and stored.dim() == value.dim():
+                        fresh = value.detach().new_zeros(stored.shape)
+                        store[key] = nn.Parameter(fresh) if isinstance(value, nn.Parameter) else fresh
+
+
+def accept_neutral_graphs(network: nn.Module) -> None:
+    """Let a network with embeddings of total charge and spin take graphs that do not name them: 0 and singlet."""
+    specs = getattr(network, "embedding_specs", None) or {}
+    defaults = {"total_charge": 0.0, "total_spin": 1.0}
+    known = {name: defaults[name] for name in specs if name in defaults}
+    if unknown := sorted(set(specs) - set(defaults)):
+        raise BackboneError(f"the network embeds {', '.join(unknown)}; only total_charge and total_spin are supported")
+    if not known:
+        return
+
+    def fill(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        data = dict(arguments[0])
+        for name, value in known.items():
+            if name not in data:
+                data[name] = data["positions"].new_full((len(data["ptr"]) - 1,), value)
+        return (data, *arguments[1:])
+
+    network.register_forward_pre_hook(fill)
+
+
+def repeat_to_the_bit(network: nn.Module) -> None:
+    """Let a network's spherical harmonics give the same bits at every call.
+
+    e3nn 0.4.4 has them as a TorchScript function, which is compiled anew after its first call in a process and then
+    rounds differently: a resumed training would leave its track. Only modules of this network are touched.
+    """
+    for module in network.modules():
+        if isinstance(module, o3.SphericalHarmonics):
+            module.__dict__["forward"] = partial(_spherical_harmonics_forward, module)
+
+
+def _spherical_harmonics_forward(self: Any, x: Tensor) -> Tensor:
+    with torch.jit.optimized_execution(False):
+        return type(self).forward(self, x)

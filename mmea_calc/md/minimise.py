@@ -1,0 +1,48 @@
+"""Relaxing start structures with ASE's optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.optimize import BFGS
+
+from ..potential import Potential
+
+FMAX = 0.02  # eV/A
+MAX_STEPS = 500
+
+
+class _OfPotential(Calculator):
+    """A potential that is loaded already as a calculator of ASE."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012 (ASE's name, declared by ASE as a plain attribute)
+
+    def __init__(self, potential: Potential) -> None:
+        super().__init__()
+        self.potential = potential
+
+    def calculate(
+        self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = tuple(all_changes)
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        prediction = self.potential.predict(self.potential.collate([self.potential.graph(atoms)]))
+        assert prediction.forces is not None
+        self.results = {"energy": float(prediction.energy[0]), "forces": prediction.forces.double().cpu().numpy()}
+
+
+def minimise(potential: Potential, starts: Sequence[Atoms]) -> tuple[list[Atoms], list[str]]:
+    """Relaxed copies of the structures in their cells, and one sentence each for those that did not get there."""
+    relaxed, messages = [], []
+    for i, start in enumerate(starts):
+        atoms = start.copy()
+        atoms.calc = _OfPotential(potential)
+        with BFGS(atoms, logfile=None) as optimiser:
+            converged = optimiser.run(fmax=FMAX, steps=MAX_STEPS)
+        if not converged:
+            messages.append(f"start structure {i}: the largest force is above {FMAX} eV/A after {MAX_STEPS} steps")
+        atoms.calc = None
+        relaxed.append(atoms)
+    return relaxed, messages

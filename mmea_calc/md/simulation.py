@@ -1,0 +1,148 @@
+"""Dynamics of a batch of replicas in memory: what `run_md` writes to files, and what a check looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from ase import Atoms, units
+from torch import Tensor
+
+from ..config import MDConfig
+from ..errors import DataError, DynamicsError
+from ..potential import Potential
+from .forces import ReplicaForces
+from .integrators import BAOAB, Integrator, VelocityVerlet
+from .monitor import Monitor
+from .neighbours import SKIN
+from .random import Noise
+from .state import Layout, State, replicas_of, where
+
+
+class Simulation:
+    """All replicas of a run.
+
+    Args:
+        potential: backbone, with or without an adapter.
+        starts: start structures; their velocities, if they have any, are not used.
+        config: the settings. Times, devices and what concerns files are the caller's business.
+        skin: of the neighbour lists, A.
+
+    Attributes:
+        layout: which replicas there are.
+        state: of the dynamics, after the latest step.
+        monitor: which replicas have failed, and all events.
+
+    Raises:
+        DynamicsError: settings that make no sense.
+        DataError: a structure that cannot be used.
+    """
+
+    def __init__(self, potential: Potential, starts: Sequence[Atoms], config: MDConfig, *, skin: float = SKIN) -> None:
+        check_settings(config)
+        check_starts(starts)
+        self.config = config
+        self.layout = Layout(replicas_of(starts, config), config.ensemble, potential.device)
+        self.forces = ReplicaForces(potential, self.layout, skin)
+        self.noise = Noise(config.seed, self.layout.names, self.layout.atoms_per_replica, potential.device)
+        self.monitor = Monitor(config, self.layout, self.forces)
+        self._excesses: list[Tensor] = []  # of the gates, at the latest sample
+        timestep = config.timestep_fs * units.fs
+        self.integrator: Integrator = (
+            BAOAB(self.layout, timestep, config.friction_per_fs / units.fs, self.noise.normals)
+            if config.ensemble == "nvt"
+            else VelocityVerlet(self.layout, timestep)
+        )
+        self.state: State
+
+    def start(self) -> None:
+        """Step 0: initial velocities and forces."""
+        positions = self.layout.start_positions()
+        with self.forces.watching_gates() as self._excesses:
+            energy, forces = self.forces(positions)
+        velocities = self.layout.initial_velocities(self.noise)
+        self.state = State(positions, velocities, forces, energy, torch.zeros_like(energy), 0)
+        self.monitor.remember_bonds()
+        self.monitor.check(self.state)
+
+    def step(self) -> None:
+        """One step of all replicas that have not failed; the others stay as they are."""
+        if (self.state.step + 1) % self.config.stats_every == 0:
+            with self.forces.watching_gates() as self._excesses:
+                new = self.integrator.step(self.state, self.forces)
+        else:
+            new = self.integrator.step(self.state, self.forces)
+        alive = self.monitor.check(new)
+        # The step in which a replica fails is not taken.
+        self.state = where(alive, self.layout.owner, new, self.state)
+
+    def sample(self) -> Tensor:
+        """What is recorded of this step, (n_observables, n_replicas); see `mmea_calc.md.trajectory.OBSERVABLES`."""
+        every = self.config.drift_every
+        compare = self.forces.potential.adapter is not None and every > 0 and self.state.step % every == 0
+        return self.monitor.sample(self.state, self._excesses, compare=compare)
+
+    def any_alive(self) -> bool:
+        return bool(self.monitor.alive.any())
+
+
+@contextmanager
+def folded(potential: Potential) -> Iterator[None]:
+    """Within this context the adapter's weight updates are folded: faster, and otherwise the same."""
+    adapter = potential.adapter
+    if adapter is None or adapter.merged:
+        yield
+        return
+    adapter.merge()
+    try:
+        yield
+    finally:
+        adapter.unmerge()
+
+
+def check_settings(config: MDConfig) -> None:
+    """Raise a DynamicsError for settings that make no sense."""
+
+    def expect(condition: bool, text: str) -> None:
+        if not condition:
+            raise DynamicsError(text)
+
+    t = config.temperatures_K
+    expect(bool(t) and all(math.isfinite(x) and x >= 0 for x in t), f"temperatures must be >= 0 K, got {list(t)}")
+    expect(
+        len({f"{x:g}" for x in t}) == len(t), f"the temperatures {list(t)} repeat: use replicas for more runs of one"
+    )
+    expect(config.replicas >= 1, f"replicas must be at least 1, got {config.replicas}")
+    expect(config.ensemble in ("nvt", "nve"), f"ensemble must be 'nvt' or 'nve', got {config.ensemble!r}")
+    for name in ("time_ps", "timestep_fs", "max_force_eV_per_A"):
+        value = getattr(config, name)
+        expect(math.isfinite(value) and value > 0, f"{name} must be positive, got {value}")
+    expect(config.n_steps >= 1, f"{config.time_ps} ps are less than one step of {config.timestep_fs} fs")
+    friction = config.friction_per_fs
+    expect(math.isfinite(friction) and friction >= 0, f"friction_per_fs must be >= 0, got {friction}")
+    for name in ("traj_every", "stats_every", "restart_every"):
+        expect(getattr(config, name) >= 1, f"{name} must be at least 1 step, got {getattr(config, name)}")
+    expect(
+        config.traj_every % config.stats_every == 0,
+        f"stats_every ({config.stats_every}) must divide traj_every ({config.traj_every}), so that every frame has "
+        "its energies",
+    )
+    expect(
+        config.drift_every >= 0 and config.drift_every % config.stats_every == 0,
+        f"drift_every must be a multiple of stats_every ({config.stats_every}) or 0, got {config.drift_every}",
+    )
+
+
+def check_starts(starts: Sequence[Atoms]) -> None:
+    """Raise a DataError for start structures that dynamics cannot take."""
+    if not starts:
+        raise DataError("expected at least one start structure, got none")
+    for i, atoms in enumerate(starts):
+        if atoms.constraints:
+            raise DataError(f"start structure {i} has constraints, which are not supported: remove them")
+        if len(atoms) == 0:
+            raise DataError(f"start structure {i} has no atoms")
+        if not (atoms.get_masses() > 0).all():
+            raise DataError(f"start structure {i} has an atom without a mass")

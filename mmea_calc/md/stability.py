@@ -1,0 +1,119 @@
+"""A short run at several temperatures, for a verdict; and opening what dynamics runs on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from ..adapter_file import read_adapter
+from ..backbone import load_backbone
+from ..config import MDConfig, Precision
+from ..potential import Potential
+from .monitor import stable_ps
+from .simulation import Simulation, folded
+from .summary import mean_and_error
+from .trajectory import OBSERVABLES
+
+CHECK_TEMPERATURES_K = (300.0, 600.0, 1200.0)
+
+
+def open_potential(
+    adapter: str | Path,
+    *,
+    backbone: str | Path | None = None,
+    head: str | None = None,
+    device: str = "auto",
+    dtype: Precision = "float32",
+) -> Potential:
+    """An `.adapter` file on its backbone, or a backbone alone.
+
+    Args:
+        adapter: path of an adapter, or name or path of a backbone.
+        backbone: of the adapter, if it is not found by the name that the file gives.
+        head: of a backbone with several; the adapter's if there is one.
+        device, dtype: of the network.
+
+    Raises:
+        AdapterFileError, AdapterError, BackboneError: one of them cannot be used.
+    """
+    if Path(adapter).suffix != ".adapter":
+        return Potential(load_backbone(adapter, head=head, device=device, dtype=dtype))
+    file = read_adapter(adapter)
+    loaded = load_backbone(backbone or file.backbone, head=head or file.head, device=device, dtype=dtype)
+    potential = Potential(loaded)
+    potential.use(file)
+    return potential
+
+
+def quick_check(
+    potential: Potential,
+    starts: Atoms | Sequence[Atoms],
+    *,
+    temperatures_K: tuple[float, ...] = CHECK_TEMPERATURES_K,
+    replicas: int = 1,
+    time_ps: float = 5.0,
+    seconds: float = 120.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run Langevin dynamics in memory and say whether it was stable.
+
+    Args:
+        potential: backbone, with or without an adapter.
+        starts: start structures.
+        temperatures_K, replicas, time_ps, seed: see `MDConfig`.
+        seconds: after this time the check ends, however far it is.
+
+    Returns:
+        plain values: `passed` (no replica failed or changed its bonds), `time_ps` reached, `asked_ps`, the settings,
+        and per replica `temperature_K` (mean), `stable_ps`, `gate_excess` (largest), `adapted_minus_bare_eV_per_A`
+        (mean) and `events`.
+
+    Raises:
+        DataError, DynamicsError: structures or settings that cannot be used.
+    """
+    structures = [starts] if isinstance(starts, Atoms) else list(starts)
+    config = MDConfig(temperatures_K=temperatures_K, replicas=replicas, time_ps=time_ps, seed=seed)
+    simulation = Simulation(potential, structures, config)
+    end = time.monotonic() + seconds
+    with folded(potential):
+        simulation.start()
+        samples, alive = [simulation.sample()], [simulation.monitor.alive.cpu()]
+        while simulation.state.step < config.n_steps and simulation.any_alive() and time.monotonic() < end:
+            for _ in range(config.stats_every):
+                simulation.step()
+            samples.append(simulation.sample())
+            alive.append(simulation.monitor.alive.cpu())
+    values, living = torch.stack(samples).numpy(), torch.stack(alive).numpy()
+    events, reached = simulation.monitor.events, simulation.state.step * config.timestep_fs / 1000
+    rows = []
+    for i, replica in enumerate(simulation.layout.replicas):
+        series = {name: values[living[:, i], j, i] for j, name in enumerate(OBSERVABLES)}
+        gates, shift = (v[np.isfinite(v)] for v in (series["gate_excess"], series["adapted_minus_bare"]))
+        rows.append(
+            {
+                "replica": replica.name,
+                "target_K": replica.temperature_K,
+                "temperature_K": mean_and_error(series["temperature"])[0],
+                "stable_ps": stable_ps(events, replica.name, reached),
+                "gate_excess": float(gates.max()) if len(gates) else None,
+                "adapted_minus_bare_eV_per_A": float(shift.mean()) if len(shift) else None,
+                "events": [str(e) for e in events if e.replica == replica.name],
+            }
+        )
+    return {
+        "passed": all(e.kind == "gate out of range" for e in events),
+        "time_ps": reached,
+        "asked_ps": time_ps,
+        "temperatures_K": list(temperatures_K),
+        "replicas_per_temperature": replicas,
+        "timestep_fs": config.timestep_fs,
+        "friction_per_fs": config.friction_per_fs,
+        "seed": seed,
+        "replicas": rows,
+    }
