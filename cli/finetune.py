@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from mmea_calc.backbone import Backbone
     from mmea_calc.dataset import Dataset
     from mmea_calc.finetuning import FinetuneResult
@@ -28,6 +30,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "forces_key": str,
     "stress_key": str,
     "resume": bool,
+    "check_md": bool,
 }
 DATA, MODEL, TRAINING = "Data", "Backbone and adapter", "Training"
 
@@ -113,6 +116,14 @@ def finetune(
         bool | None,
         typer.Option("--resume", help="Continue the run of the same output file.", rich_help_panel=TRAINING),
     ] = None,
+    check_md: Annotated[
+        bool | None,
+        typer.Option(
+            "--check-md",
+            help="Then run short dynamics at 300, 600 and 1200 K; the verdict goes into the file.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a backbone on labelled structures and write an adapter file."""
     flags = {k: v for k, v in locals().items() if k not in ("train", "config")}
@@ -156,6 +167,32 @@ def _run(train_files: list[Path], settings: Settings) -> None:
             progress=display,
         )
     _conclude(result)
+    if options["check_md"]:
+        _check_dynamics(result.path, train.structures[0].atoms, settings)
+
+
+def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
+    """A short run from the first training structure; the verdict is printed and kept in the file's header."""
+    from mmea_calc.adapter_file import read_adapter, update_adapter
+    from mmea_calc.errors import TrainingError
+    from mmea_calc.md import open_potential, quick_check
+
+    from .console import out, say, table
+
+    training = settings.training
+    potential = open_potential(
+        path, backbone=settings.options["backbone"], device=training.device, dtype=training.dtype
+    )
+    verdict = quick_check(potential, start)
+    update_adapter(path, checks={**read_adapter(path).checks, "dynamics": verdict})
+    columns = ["dynamics", "mean K", "stable ps", "gate excess", "adapted - bare (eV/Å)"]
+    keys = ("replica", "temperature_K", "stable_ps", "gate_excess", "adapted_minus_bare_eV_per_A")
+    out().print(table(columns, [tuple(row[key] for key in keys) for row in verdict["replicas"]]))
+    for event in (text for row in verdict["replicas"] for text in row["events"]):
+        say(event)
+    if not verdict["passed"]:
+        raise TrainingError(f"the dynamics check failed, see the events above; the verdict is in {path}")
+    say(f"dynamics over {verdict['time_ps']:.3g} ps at 300, 600 and 1200 K: passed; the verdict is in {path}")
 
 
 def _read(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:

@@ -151,10 +151,10 @@ def _run(
     from mmea_calc.errors import DataError
     from mmea_calc.md import open_potential, run_md
 
+    if not start.is_file():
+        raise DataError(f"{start}: no such file with start structures")
     try:
         starts = read(start, index=":")
-    except OSError:
-        raise
     except Exception as problem:  # whatever a reader of ASE raises for a file that it does not understand
         raise DataError(f"{start} cannot be read as structures: {problem}") from problem
     potential = open_potential(adapter, backbone=backbone, head=head, device=config.device, dtype=config.dtype)

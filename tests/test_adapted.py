@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from architectures import borrowed
+from ase import Atoms
+from ase.build import molecule
 from conftest import batch_of, ethanol, random_network, randomise, run
 from torch import Tensor, nn
 
 from mmea_calc._e3nn import FullyConnectedNet, o3
-from mmea_calc.adapted import attach, attached
+from mmea_calc.adapted import Adapter, attach, attached
+from mmea_calc.backbone import load_backbone
 from mmea_calc.config import AdapterConfig
 from mmea_calc.errors import AdapterError
+from mmea_calc.graph import build_graph, collate
 from mmea_calc.methods import METHODS
 
 # e3nn 0.4 scripts its layers when they are built or copied outside of mmea; torch finds fault with its annotations.
@@ -543,3 +547,62 @@ def test_networks_of_the_e3nn_library_can_be_adapted() -> None:
     adapter = attach(network, AdapterConfig(**SMALL))
     assert {"tensor_product", "radial_layer"} <= set(adapter.counts())
     adapter.detach()
+
+
+# -- far from the training data --------------------------------------------------------------------------------------
+
+DISTANCES = [0.3, 0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0]  # A
+
+
+def largest_forces(network: nn.Module, pair: str, elements: tuple[int, ...]) -> Tensor:
+    """Largest force (eV/A) at each of `DISTANCES` of an isolated pair of atoms."""
+    pairs = [build_graph(Atoms(pair, [[0, 0, 0], [0, 0, r]]), 5.0) for r in DISTANCES]
+    output = run(network, collate(pairs, elements, dtype=torch.float64))
+    return output["forces"].norm(dim=-1).view(len(DISTANCES), 2).amax(1)
+
+
+@pytest.fixture(scope="module")
+def organic() -> Iterator[tuple[nn.Module, Adapter, tuple[int, ...]]]:
+    """The embedded backbone with random gates as large as trained ones, and ranges recorded on rattled molecules."""
+    backbone = load_backbone("mmea-organic-s", dtype="float64")
+    adapter = attach(backbone.network, AdapterConfig(method="mmea"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for gate in adapter.gates.values():
+            for parameter in gate.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    molecules = []
+    for seed, name in enumerate(("CH3CH2OH", "CH3OH", "C2H6", "H2CO", "HCOOH", "C6H6")):
+        molecules.append(molecule(name))
+        molecules[-1].rattle(0.06, seed=seed)
+    batch = collate([build_graph(a, backbone.r_max) for a in molecules], backbone.elements, dtype=torch.float64)
+    with adapter.recording():
+        run(backbone.network, batch)
+    yield backbone.network, adapter, backbone.elements
+
+
+@pytest.mark.parametrize("pair", ["CH", "CO", "CC", "HH"])
+def test_two_atoms_pushed_together_feel_forces_of_the_backbone_s_size(
+    organic: tuple[nn.Module, Adapter, tuple[int, ...]], pair: str
+) -> None:
+    network, adapter, elements = organic
+    with adapter.disabled():
+        bare = largest_forces(network, pair, elements)
+    adapted = largest_forces(network, pair, elements)
+    assert bool(torch.isfinite(adapted).all())
+    assert not torch.allclose(adapted, bare)
+    assert float(adapted.max()) < 10 * float(bare.max())
+
+
+def test_without_saturation_two_atoms_pushed_together_blow_up(
+    organic: tuple[nn.Module, Adapter, tuple[int, ...]],
+) -> None:
+    network, adapter, elements = organic
+    try:
+        for gate in adapter.gates.values():
+            gate.saturate = False
+        unbounded = largest_forces(network, "CO", elements)
+    finally:
+        for gate in adapter.gates.values():
+            gate.saturate = True
+    assert not float(unbounded.max()) < 1e6

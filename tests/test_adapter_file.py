@@ -15,7 +15,6 @@ from architectures import borrowed
 from conftest import network_config, randomise
 from safetensors.torch import load_file, save_file
 
-import mmea_calc.adapter_file as module
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import FORMAT_VERSION, AdapterFile, read_adapter, update_adapter, write_adapter
 from mmea_calc.backbone import Backbone
@@ -107,7 +106,7 @@ def test_the_header_can_be_read_by_other_programs(path: Path, adapter_file: Adap
     assert header["units"] == {"energy": "eV", "length": "A", "forces": "eV/A"}
     assert header["adapter"]["method"] == "mmea"
     assert header["n_parameters"] == adapter_file.n_parameters
-    assert set(header["gate_ranges"].values().__iter__().__next__()) == {-0.25, 1.5}
+    assert all(ends == [-0.25, 1.5] for ends in header["gate_ranges"].values())
     assert header["training"]["seed"] == 4
 
 
@@ -185,7 +184,9 @@ def test_a_truncated_file_is_one_clear_error(path: Path, fraction: float) -> Non
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_bytes_are_one_clear_error(path: Path, seed: int) -> None:
-    path.write_bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(seed)).byte().numpy().tobytes())
+    path.write_bytes(
+        torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(seed)).byte().numpy().tobytes()
+    )
     with pytest.raises(AdapterFileError, match="not a readable adapter file"):
         read_adapter(path)
 
@@ -276,11 +277,12 @@ def test_an_interrupted_write_leaves_the_old_file(
 ) -> None:
     before = path.read_bytes()
 
-    def broken(tensors: object, where: Path, **options: object) -> None:
-        Path(where).write_bytes(b"half")
+    def broken(where: Path, content: bytes) -> None:
+        with where.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise failure
 
-    monkeypatch.setattr(module, "save_file", broken)
+    monkeypatch.setattr(Path, "write_bytes", broken)
     with pytest.raises(AdapterFileError if isinstance(failure, OSError) else KeyboardInterrupt):
         write_adapter(path, replace(adapter_file, backbone="other"))
     assert path.read_bytes() == before

@@ -202,7 +202,7 @@ def test_a_loss_that_is_no_number_names_the_batch_and_keeps_the_best_adapter(tmp
     def poison(event: ProgressEvent) -> None:
         if event.epoch == 3:  # from the fourth epoch on the network gives NaN
             with torch.no_grad():
-                next(backbone.network.readouts[0].linear.parameters()).fill_(math.nan)
+                backbone.network.get_submodule("readouts.0.linear").get_parameter("weight").fill_(math.nan)
 
     with pytest.raises(TrainingError, match=r"nan.*epoch 4.*structure \d+ of train.xyz.*a\.adapter"):
         finetune(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmea_calc._e3nn import o3
-from mmea_calc.gates import MIN_RANGE_WIDTH, MagnitudeGate, reason_not_gatable
+from mmea_calc.gates import MARGIN, MIN_RANGE_WIDTH, MagnitudeGate, reason_not_gatable
 
 # e3nn 0.4 scripts its layers when they are built outside of mmea; torch finds fault with its annotations.
 pytestmark = pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning")
@@ -124,7 +124,7 @@ def test_gated_layer_is_equivariant(phi: Any, improper: bool) -> None:
     out = gate(x, layer(x))
     turned = gate(x @ d_in.T, layer(x @ d_in.T))
     assert not torch.allclose(out, layer(x), atol=1e-2)
-    torch.testing.assert_close(turned, out @ d_out.T, rtol=0, atol=1e-10 * float(out.abs().max()))
+    torch.testing.assert_close(turned, out @ d_out.T, rtol=0, atol=1e-10 * float(out.detach().abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,16 @@ def test_inside_the_recorded_range_saturation_changes_no_bit_of_values_or_gradie
         assert torch.equal(one, other)
 
 
-def test_outside_the_recorded_range_the_bottleneck_is_bounded_by_a_width_on_either_side() -> None:
+def test_outside_the_recorded_range_the_bottleneck_goes_no_further_than_its_margin() -> None:
     layer, gate, unbounded, x = recorded_pair()
     assert gate.shift is not None
     far = 1e4 * x
     z = gate._level_off(gate.bottleneck(far))
-    width = gate.z_high - gate.z_low
-    assert bool((z <= gate.z_high + width).all())
-    assert bool((z >= gate.z_low - width).all())
+    margin = MARGIN * (gate.z_high - gate.z_low)
+    assert bool((z <= gate.z_high + margin).all())
+    assert bool((z >= gate.z_low - margin).all())
     shift = (gate(far, layer(far)) - layer(far))[:, :3]
-    middle, reach = (gate.z_low + gate.z_high) / 2, 1.5 * width
+    middle, reach = (gate.z_low + gate.z_high) / 2, (gate.z_high - gate.z_low) / 2 + margin
     centre = middle @ gate.shift.weight.T + gate.shift.bias
     assert bool(((shift - centre).abs() <= reach @ gate.shift.weight.abs().T + 1e-9).all())
     assert float((unbounded(far, layer(far)) - layer(far))[:, :3].abs().max()) > 100 * float(shift.abs().max())
@@ -246,7 +246,7 @@ def test_levelling_off_is_twice_differentiable_across_the_edge(edge: str) -> Non
 
     below, above = derivatives(at - 1e-7), derivatives(at + 1e-7)
     for one, other in zip(below, above, strict=True):
-        assert one == pytest.approx(other, abs=2e-6)
+        assert one == pytest.approx(other, abs=2e-5)
     # and it does bend further out, so the edge was really crossed
     outside = at - 0.4 if edge == "z_low" else at + 0.8
     unbounded = outside * torch.sigmoid(outside)
@@ -258,6 +258,5 @@ def test_a_component_that_never_moved_still_levels_off_smoothly() -> None:
     gate = random_gate(layer, rank=1)
     gate.set_range(torch.tensor([0.3], dtype=F64), torch.tensor([0.3], dtype=F64))
     z = gate._level_off(torch.tensor([[-50.0], [0.3], [50.0]], dtype=F64)).flatten()
-    torch.testing.assert_close(
-        z, torch.tensor([0.3 - MIN_RANGE_WIDTH, 0.3, 0.3 + MIN_RANGE_WIDTH], dtype=F64), rtol=0, atol=1e-12
-    )
+    margin = MARGIN * MIN_RANGE_WIDTH
+    torch.testing.assert_close(z, torch.tensor([0.3 - margin, 0.3, 0.3 + margin], dtype=F64), rtol=0, atol=1e-12)

@@ -65,13 +65,17 @@ def slab_without_a_third_vector() -> Atoms:
 
 
 def wire() -> Atoms:
-    atoms = Atoms("CO2", [[0.1, 0.0, 0.0], [1.2, 0.3, 0.1], [2.0, 5.0, -0.2]], cell=[2.7, 0, 0], pbc=[True, False, False])
+    atoms = Atoms(
+        "CO2", [[0.1, 0.0, 0.0], [1.2, 0.3, 0.1], [2.0, 5.0, -0.2]], cell=[2.7, 0, 0], pbc=[True, False, False]
+    )
     atoms.rattle(0.02, seed=2)
     return atoms
 
 
 def tilted_wire() -> Atoms:
-    return Atoms("CO", [[0, 0, 0], [0.5, 0.9, 0.2]], cell=[[0, 0, 0], [0, 0, 0], [0.7, 0.4, 2.1]], pbc=[False, False, True])
+    return Atoms(
+        "CO", [[0, 0, 0], [0.5, 0.9, 0.2]], cell=[[0, 0, 0], [0, 0, 0], [0.7, 0.4, 2.1]], pbc=[False, False, True]
+    )
 
 
 def sheared() -> Atoms:
@@ -131,7 +135,10 @@ def test_a_tiny_cell_has_edges_to_many_images_of_one_atom() -> None:
 def test_atoms_on_the_faces_of_the_cell_keep_all_their_edges() -> None:
     # two atoms coincide with images of others: compare the sorted distances alone
     atoms = on_the_faces()
-    lengths = [np.sort(np.linalg.norm(rows[:, 2:], axis=1)) for rows in (edges(build_graph(atoms, 4.0)), brute_force(atoms, 4.0))]
+    lengths = [
+        np.sort(np.linalg.norm(rows[:, 2:], axis=1))
+        for rows in (edges(build_graph(atoms, 4.0)), brute_force(atoms, 4.0))
+    ]
     np.testing.assert_allclose(*lengths, atol=1e-9)
 
 

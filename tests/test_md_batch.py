@@ -47,9 +47,20 @@ def tiny_potential() -> Potential:
     """A random network in float64."""
     energies = {1: -13.6, 6: -1027.3, 8: -2038.5}
     network = random_network().eval()
-    identity = dict(fingerprint="0" * 64, heads=("Default",), head="Default")
-    return Potential(Backbone("tiny", "test", network, {}, elements=NETWORK_ELEMENTS, r_max=4.0,
-                              atomic_energies=energies, **identity))  # fmt: skip
+    return Potential(
+        Backbone(
+            name="tiny",
+            source="test",
+            network=network,
+            config={},
+            fingerprint="0" * 64,
+            elements=NETWORK_ELEMENTS,
+            r_max=4.0,
+            heads=("Default",),
+            head="Default",
+            atomic_energies=energies,
+        )
+    )
 
 
 def slab() -> Atoms:

@@ -27,7 +27,13 @@ def paper_network() -> Iterator[nn.Module]:
 
 @pytest.mark.parametrize(
     ("method", "gate_rank", "total"),
-    [("full", 16, 751_896), ("elora", 16, 175_880), ("mmea", 16, 151_354), ("mmea", 32, 201_258), ("gates", 16, 51_842)],
+    [
+        ("full", 16, 751_896),
+        ("elora", 16, 175_880),
+        ("mmea", 16, 151_354),
+        ("mmea", 32, 201_258),
+        ("gates", 16, 51_842),
+    ],
 )
 def test_published_number_of_parameters(paper_network: nn.Module, method: str, gate_rank: int, total: int) -> None:
     adapter = attach(paper_network, AdapterConfig(method=method, gate_rank=gate_rank))

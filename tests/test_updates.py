@@ -52,7 +52,9 @@ def test_elements_of_a_contraction_share_B() -> None:
 
 def test_A_is_normal_with_the_spread_of_its_block_and_B_is_zero() -> None:
     weight = torch.zeros(200 * 50 + 200 * 50, dtype=F64)
-    update = LowRank(weight, [Block((200,), 50), Block((200,), 50, std=0.1)], rank=16, alpha=16.0, generator=generator())
+    update = LowRank(
+        weight, [Block((200,), 50), Block((200,), 50, std=0.1)], rank=16, alpha=16.0, generator=generator()
+    )
     assert float(update.A[0].detach().std()) == pytest.approx(1.0, rel=0.05)
     assert float(update.A[1].detach().std()) == pytest.approx(0.1, rel=0.05)
     assert not any(bool(b.any()) for b in update.B)

@@ -92,11 +92,11 @@ def _plateau(lengths: NDArray[np.int64], errors: FloatArray, n_samples: int) -> 
         return 0, True
     inefficiency = (errors / errors[0]) ** 2
     satisfied = np.flatnonzero(lengths.astype(float) ** 3 > 2.0 * n_samples * inefficiency**2)
-    # With fewer than eight blocks an error says nothing about itself; it may fall by chance and feign a plateau.
-    trusted = np.flatnonzero(n_samples // lengths >= 8)
-    if satisfied.size and trusted.size and satisfied[0] <= trusted[-1]:
+    # With fewer blocks than four an error says nothing of itself; it may fall by chance and feign a plateau.
+    if satisfied.size and n_samples // lengths[satisfied[0]] >= 4:
         return int(satisfied[0]), True
-    candidates = trusted if trusted.size else np.arange(1)
+    candidates = np.flatnonzero(n_samples // lengths >= 8)
+    candidates = candidates if candidates.size else np.arange(1)
     return int(candidates[np.argmax(errors[candidates])]), False
 
 

@@ -1,0 +1,105 @@
+"""`mmea md` and `mmea convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from ase import Atoms
+from ase.build import molecule
+from ase.io import read, write
+from typer.testing import CliRunner, Result
+
+from mmea_calc.md.trajectory import read_settings, replica_names
+from mmea_cli.main import app
+from mmea_cli.units import femtoseconds, per_femtosecond
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def mmea(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
+
+
+@pytest.fixture
+def water(tmp_path: Path) -> Path:
+    write(path := tmp_path / "water.xyz", molecule("H2O"))
+    return path
+
+
+def test_times_and_rates_are_read_with_their_units() -> None:
+    assert femtoseconds("20ps", "") == 20_000
+    assert femtoseconds("0.5 fs", "") == 0.5
+    assert femtoseconds("1e-3ns", "") == 1000
+    assert per_femtosecond("0.01/fs", "") == 0.01
+    assert per_femtosecond("10/ps", "") == 0.01
+    for wrong in ("20", "ps", "20 m", "nanps", "xfs"):
+        with pytest.raises(typer.BadParameter, match="such as 20ps"):
+            femtoseconds(wrong, "'--time'")
+    for wrong in ("0.01", "0.01fs", "0.01/s", "x/fs"):
+        with pytest.raises(typer.BadParameter, match=r"such as 0\.01/fs"):
+            per_femtosecond(wrong, "'--friction'")
+
+
+def test_a_run_its_continuation_and_its_conversion(tmp_path: Path, water: Path) -> None:
+    folder = tmp_path / "RUN"
+    options = ["-o", folder, "--replicas", "2", "--stats-every", "2", "--traj-every", "2", "--timestep", "1fs"]
+    backbone = ["mmea-organic-s", water, "--temperature", "300", "600"]
+    first = mmea("md", *backbone, *options, "--time", "8fs")
+    assert first.exit_code == 0, first.output
+    assert "start0-600K-1" in first.stdout
+    assert "4 replicas, 0 failed, 8 steps" in first.stdout
+    assert read_settings(folder)["temperatures_K"] == [300.0, 600.0]
+
+    refused = mmea("md", *backbone, *options, "--time", "12fs")
+    assert refused.exit_code == 1
+    assert "--resume" in refused.stderr
+    more = mmea("md", *backbone, *options, "--time", "12fs", "--resume", "--json")
+    assert more.exit_code == 0, more.output
+    assert json.loads(more.stdout)["steps"] == 12
+    assert len(replica_names(folder)) == 4
+
+    converted = mmea("convert", folder / "trajectory.h5", tmp_path / "out.xyz", "--replica", "start0-300K-1")
+    assert converted.exit_code == 0, converted.output
+    assert len(read(tmp_path / "out.xyz", index=":")) == 7
+
+
+def test_temperatures_may_stand_before_the_arguments_and_repeat(tmp_path: Path, water: Path) -> None:
+    folder = tmp_path / "RUN"
+    options = ["--time", "1fs", "-o", folder, "--temperature", "100", "200", "--temperature", "3e2"]
+    result = mmea("md", *options, "mmea-organic-s", water)
+    assert result.exit_code == 0, result.output
+    assert read_settings(folder)["temperatures_K"] == [100.0, 200.0, 300.0]
+
+
+def test_a_failed_replica_is_told_by_the_exit_code(tmp_path: Path, water: Path) -> None:
+    result = mmea("md", "mmea-organic-s", water, "--time", "4fs", "--max-temperature", "1e-3", "-o", tmp_path / "RUN")
+    assert result.exit_code == 1
+    assert "failed at 0 ps" in result.stdout
+
+
+def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path, water: Path) -> None:
+    write(gold := tmp_path / "gold.xyz", Atoms("Au"))
+    (tmp_path / "broken.xyz").write_text("three\n")
+    out = ["-o", tmp_path / "RUN"]
+    for arguments, words in (
+        (["no-such-backbone", water], "no backbone"),
+        (["mmea-organic-s", gold], "Au"),
+        (["mmea-organic-s", tmp_path / "broken.xyz"], "cannot be read"),
+        (["mmea-organic-s", tmp_path / "nothing.xyz"], "no such file"),
+        (["mmea-organic-s", water, "--stats-every", "3"], "must divide"),
+        (["mmea-organic-s", water, "--resume"], "no run to resume"),
+        ([tmp_path / "nothing.adapter", water], "no such adapter"),
+    ):
+        result = mmea("md", *arguments, *out)
+        assert result.exit_code == 1, result.output
+        assert words in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert mmea("md", "mmea-organic-s", water, "--time", "20", *out).exit_code == 2
+    assert not (tmp_path / "RUN").exists()
