@@ -99,7 +99,7 @@ def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
 
 def is_adapted(network: nn.Module) -> bool:
     """Whether an adapter is on `network`, switched on or off, held by anybody or not."""
-    return network in _ATTACHED
+    return attached(network) is not None
 
 
 def attached(network: nn.Module) -> Adapter | None:

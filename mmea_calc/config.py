@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
-DEFAULT_STEPS = 800
+DEFAULT_STEPS = 1200
 
 Device = str
 Precision = Literal["float32", "float64"]
@@ -77,17 +77,17 @@ class TrainConfig:
     """
 
     epochs: int = 0
-    batch_size: int = 5
+    batch_size: int = 2
     lr: float = 0.01
     schedule: Literal["cosine", "plateau"] = "cosine"
     warmup_steps: int = 20
     plateau_factor: float = 0.8
     plateau_patience: int = 5
-    energy_weight: float = 1.0
+    energy_weight: float = 10.0
     forces_weight: float = 100.0
     stress_weight: float = 0.0
-    loss: Literal["mse", "huber"] = "mse"
-    huber_delta: float = 0.01
+    loss: Literal["mse", "huber"] = "huber"
+    huber_delta: float = 0.02
     stage_two_start: float | None = None
     stage_two_lr: float = 0.001
     stage_two_energy_weight: float = 1000.0
@@ -122,6 +122,7 @@ class MDConfig:
         time_ps: length of the whole run, earlier parts that are resumed included, ps.
         timestep_fs: fs.
         friction_per_fs: friction of the Langevin thermostat, 1/fs; without meaning for "nve".
+        heating_K_per_ps: how fast the thermostat's temperature rises from `temperatures_K`; falls, if negative.
         ensemble: "nvt" is Langevin dynamics (BAOAB), "nve" is velocity Verlet.
         minimize: relax the start structures first.
         seed: of all random numbers.
@@ -145,6 +146,7 @@ class MDConfig:
     time_ps: float = 10.0
     timestep_fs: float = 0.5
     friction_per_fs: float = 0.01
+    heating_K_per_ps: float = 0.0
     ensemble: Literal["nvt", "nve"] = "nvt"
     minimize: bool = False
     seed: int = 0
@@ -164,6 +166,60 @@ class MDConfig:
     def n_steps(self) -> int:
         """Steps of the whole run."""
         return round(self.time_ps * 1000.0 / self.timestep_fs)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What `mmea_calc.check.check` measures, and the bounds of a sound potential.
+
+    Attributes:
+        ramp_from_K, ramp_to_K: the thermostat's temperature at the beginning and the end of the ramp, linear between.
+        ramp_ps: its length.
+        ramp_replicas: runs of it, each with random numbers of its own.
+        nve_K, nve_ps, nve_replicas: of the runs at constant energy, from frames of `equilibration_ps` with a thermostat.
+        equilibration_ps: ps.
+        timestep_fs, friction_per_fs: of all dynamics.
+        wall_from_A, wall_to_A: distances of two atoms in vacuum; the latter grows to 1.3 times the sum of the covalent
+            radii where that is more.
+        pair_step_A: between distances of two atoms in vacuum.
+        scan_step_A: between distances of squeezed bonds and approaching molecules.
+        max_bonds, max_approaches: more bonds or pairs of elements than this are thinned out evenly.
+        seed: of all random numbers.
+        wall_rise_eV: the wall begins where the energy, going inwards, is first this much above its minimum so far.
+        min_hole_eV: a fall of the energy inside the wall that is shallower than this is no hole.
+        max_hole_rim_eV: bound: a hole whose rim is lower than this above the minimum is reachable, and a fault. At
+            2000 K two atoms meet with 10 eV once in e^58 attempts. Infinity counts every hole.
+        max_wall_force_eV_per_A: bound on forces in all scans. Bare nuclei of two carbon atoms at 0.4 A feel 3e3.
+        min_bond_change_K: bound: bonds of the start that break or form in the ramp below this temperature are a fault
+            of the adapter if under the bare backbone they stay until then; above it molecules may react.
+        max_drift_meV_per_atom_ps: bound on the drift of the energy at constant energy, twice its error granted.
+        max_forgetting: bound on the error of forces on other molecules, in units of the bare backbone's.
+    """
+
+    ramp_from_K: float = 300.0
+    ramp_to_K: float = 2000.0
+    ramp_ps: float = 2.0
+    ramp_replicas: int = 3
+    nve_K: float = 300.0
+    nve_ps: float = 1.0
+    nve_replicas: int = 2
+    equilibration_ps: float = 0.2
+    timestep_fs: float = 0.5
+    friction_per_fs: float = 0.01
+    wall_from_A: float = 0.4
+    wall_to_A: float = 1.5
+    pair_step_A: float = 0.02
+    scan_step_A: float = 0.05
+    max_bonds: int = 40
+    max_approaches: int = 10
+    seed: int = 0
+    wall_rise_eV: float = 1.0
+    min_hole_eV: float = 0.1
+    max_hole_rim_eV: float = 10.0
+    max_wall_force_eV_per_A: float = 1e6
+    min_bond_change_K: float = 1000.0
+    max_drift_meV_per_atom_ps: float = 1.0
+    max_forgetting: float = 2.0
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
-from conftest import random_network
 from torch import nn
 
+from conftest import random_network
 from mmea_calc.adapted import attached
 from mmea_calc.contraction import remove_table_contraction
 
@@ -42,7 +42,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _built(name: str) -> nn.Module:
     return random_network(**ARCHITECTURES[name])
 

@@ -13,9 +13,9 @@ import torch
 from architectures import borrowed
 from ase import Atoms
 from ase.build import molecule
-from conftest import batch_of, ethanol, random_network, randomise, run
 from torch import Tensor, nn
 
+from conftest import batch_of, ethanol, random_network, randomise, run
 from mmea_calc._e3nn import FullyConnectedNet, o3
 from mmea_calc.adapted import Adapter, attach, attached
 from mmea_calc.backbone import load_backbone
@@ -27,7 +27,7 @@ from mmea_calc.methods import METHODS
 # e3nn 0.4 scripts its layers when they are built or copied outside of mmea; torch finds fault with its annotations.
 pytestmark = pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning")
 
-SMALL = dict(gate_rank=3, low_rank=2)
+SMALL: dict[str, Any] = dict(gate_rank=3, low_rank=2)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_second_adapter_is_refused_and_the_first_stays(network: nn.Module, met
             adapter.merge()
         before, expected = picture(network), forces(network)
         for other in METHODS:
-            with pytest.raises(AdapterError, match="has an adapter .* already: detach it first"):
+            with pytest.raises(AdapterError, match=r"has an adapter .* already: detach it first"):
                 attach(network, AdapterConfig(method=other, **SMALL))
         assert_unchanged(network, before)
         assert torch.equal(forces(network), expected)
@@ -222,15 +222,20 @@ def test_a_disabled_adapter_leaves_the_backbone_to_the_bit(network: nn.Module, m
         adapter.merge()
     changed = forces(network)
     with adapter.disabled():
-        assert not adapter.enabled
+        within = adapter.enabled
         assert torch.equal(forces(network), bare)
         with adapter.disabled():
             assert torch.equal(forces(network), bare)
         assert torch.equal(forces(network), bare)
-    assert adapter.enabled
+    assert (within, adapter.enabled) == (False, True)
     assert torch.equal(forces(network), changed)
-    with pytest.raises(KeyError), adapter.disabled():
-        raise KeyError
+
+    def interrupted() -> None:
+        with adapter.disabled():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert torch.equal(forces(network), changed)
     with adapter.disabled():
         adapter.detach()
@@ -428,7 +433,7 @@ def test_an_adapted_network_refuses_to_be_copied(network: nn.Module, method: str
     randomise(adapter)
     changed = forces(network)
     for thing in (network, adapter):
-        with pytest.raises(AdapterError, match="cannot be copied or pickled: detach the adapter first"):
+        with pytest.raises(AdapterError, match=r"cannot be copied or pickled: detach the adapter first"):
             copy.deepcopy(thing)
     assert torch.equal(forces(network), changed)
     assert attached(network) is adapter
@@ -562,7 +567,7 @@ def largest_forces(network: nn.Module, pair: str, elements: tuple[int, ...]) -> 
 
 
 @pytest.fixture(scope="module")
-def organic() -> Iterator[tuple[nn.Module, Adapter, tuple[int, ...]]]:
+def organic() -> tuple[nn.Module, Adapter, tuple[int, ...]]:
     """The embedded backbone with random gates as large as trained ones, and ranges recorded on rattled molecules."""
     backbone = load_backbone("mmea-organic-s", dtype="float64")
     adapter = attach(backbone.network, AdapterConfig(method="mmea"))
@@ -578,7 +583,7 @@ def organic() -> Iterator[tuple[nn.Module, Adapter, tuple[int, ...]]]:
     batch = collate([build_graph(a, backbone.r_max) for a in molecules], backbone.elements, dtype=torch.float64)
     with adapter.recording():
         run(backbone.network, batch)
-    yield backbone.network, adapter, backbone.elements
+    return backbone.network, adapter, backbone.elements
 
 
 @pytest.mark.parametrize("pair", ["CH", "CO", "CC", "HH"])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import borrowed
-from conftest import network_config, randomise
 from safetensors.torch import load_file, save_file
 
+from conftest import network_config, randomise
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import FORMAT_VERSION, AdapterFile, read_adapter, update_adapter, write_adapter
 from mmea_calc.backbone import Backbone
@@ -110,7 +110,7 @@ def test_the_header_can_be_read_by_other_programs(path: Path, adapter_file: Adap
     assert header["training"]["seed"] == 4
 
 
-def test_the_published_adapter_is_at_most_700_kB_in_float32(tmp_path: Path, adapter_file: AdapterFile) -> None:
+def test_the_published_adapter_is_at_most_700_kilobytes_in_float32(tmp_path: Path, adapter_file: AdapterFile) -> None:
     network = build_network(
         network_config(hidden_irreps="128x0e + 128x1o", max_ell=3, MLP_irreps="16x0e", radial_MLP=[64] * 3)
     ).float()
@@ -147,7 +147,7 @@ def test_missing_and_unexpected_tensors_are_named(path: Path) -> None:
         adapter = attach(network, file.config)
         with pytest.raises(AdapterError, match=f"are missing: {name}"):
             adapter.load_state_dict({k: v for k, v in file.tensors.items() if k != name})
-        with pytest.raises(AdapterError, match="do not belong to this adapter: gates.extra"):
+        with pytest.raises(AdapterError, match=r"do not belong to this adapter: gates\.extra"):
             adapter.load_state_dict({**file.tensors, "gates.extra": torch.zeros(1)})
 
 
@@ -161,13 +161,13 @@ def test_another_backbone_shows_both_fingerprints(path: Path) -> None:
 
 
 def test_another_head_is_named(path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="made for head 'Default' .* but head 'other' is loaded"):
+    with pytest.raises(AdapterFileError, match=r"made for head 'Default' .* but head 'other' is loaded"):
         read_adapter(path).check_backbone(backbone_like("tiny", "0123" * 16, head="other"))
 
 
 def test_a_newer_format_asks_for_an_upgrade(path: Path) -> None:
     rewrite(path, lambda header: header.update(format_version=FORMAT_VERSION + 1, novelty=1))
-    with pytest.raises(AdapterFileError, match=f"version {FORMAT_VERSION + 1}, newer than .* upgrade mmea"):
+    with pytest.raises(AdapterFileError, match=rf"version {FORMAT_VERSION + 1}, newer than .* upgrade mmea"):
         read_adapter(path)
 
 
@@ -260,7 +260,7 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(
     name = next(iter(adapter_file.tensors))
     bad = torch.full_like(adapter_file.tensors[name], value)
     before = path.read_bytes()
-    with pytest.raises(AdapterFileError, match="not finite; .* is not written"):
+    with pytest.raises(AdapterFileError, match=r"not finite; .* is not written"):
         write_adapter(path, replace(adapter_file, tensors={**adapter_file.tensors, name: bad}))
     assert path.read_bytes() == before
     rewrite(path, lambda header: None, **{name: bad})

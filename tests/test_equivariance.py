@@ -9,10 +9,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
-from conftest import batch_of, crystal, ethanol, randomise, run
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
+from conftest import batch_of, crystal, ethanol, randomise, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
 from mmea_calc.contraction import use_table_contraction

@@ -32,7 +32,9 @@ from mmea_calc.potential import Potential
 from mmea_calc.trainer import ProgressEvent, Samples, measure
 
 SMALL = AdapterConfig(gate_rank=4, low_rank=4)
-QUICK = TrainConfig(epochs=6, batch_size=3, lr=0.01, validate_every=1, warmup_steps=2, dtype="float64", device="cpu")
+QUICK = TrainConfig(
+    epochs=6, batch_size=3, lr=0.01, loss="mse", validate_every=1, warmup_steps=2, dtype="float64", device="cpu"
+)
 
 
 def tiny_backbone(seed: int = 0, dtype: torch.dtype = torch.float64) -> Backbone:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
-from conftest import ELEMENTS, crystal, ethanol
 
+from conftest import ELEMENTS, crystal, ethanol
 from mmea_calc.errors import DataError
 from mmea_calc.graph import Graph, build_graph, check_elements, collate
 
@@ -135,11 +135,9 @@ def test_a_tiny_cell_has_edges_to_many_images_of_one_atom() -> None:
 def test_atoms_on_the_faces_of_the_cell_keep_all_their_edges() -> None:
     # two atoms coincide with images of others: compare the sorted distances alone
     atoms = on_the_faces()
-    lengths = [
-        np.sort(np.linalg.norm(rows[:, 2:], axis=1))
-        for rows in (edges(build_graph(atoms, 4.0)), brute_force(atoms, 4.0))
-    ]
-    np.testing.assert_allclose(*lengths, atol=1e-9)
+    found, expected = edges(build_graph(atoms, 4.0)), brute_force(atoms, 4.0)
+    lengths = [np.sort(np.linalg.norm(rows[:, 2:], axis=1)) for rows in (found, expected)]
+    np.testing.assert_allclose(lengths[0], lengths[1], atol=1e-9)
 
 
 def test_a_single_atom_has_no_edges() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from conftest import network_config
 from torch import nn
 
+from conftest import network_config
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig
 from mmea_calc.errors import AdapterError
@@ -16,9 +14,9 @@ from mmea_calc.methods import METHODS, find_sites, method_named
 
 
 @pytest.fixture(scope="module")
-def paper_network() -> Iterator[nn.Module]:
+def paper_network() -> nn.Module:
     """The shape of MACE-OFF23 medium, for H, C and O."""
-    yield build_network(
+    return build_network(
         network_config(
             hidden_irreps="128x0e + 128x1o", max_ell=3, MLP_irreps="16x0e", radial_MLP=[64, 64, 64], r_max=5.0
         )

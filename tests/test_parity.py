@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from conftest import batch_of, network_config, run
 
+from conftest import batch_of, network_config, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
 from mmea_calc.contraction import remove_table_contraction, use_table_contraction

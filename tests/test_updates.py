@@ -32,7 +32,7 @@ def test_an_update_starts_as_the_identity() -> None:
         assert torch.equal(update(weight), weight)
 
 
-def test_low_rank_update_is_alpha_over_r_times_A_B_for_every_block() -> None:
+def test_low_rank_update_is_the_scaled_product_of_its_factors_for_every_block() -> None:
     weight = torch.randn(6 * 4 + 3 * 2, generator=generator(), dtype=F64)
     update = LowRank(weight, [Block((6,), 4), Block((3,), 2)], rank=2, alpha=5.0, generator=generator())
     randomise(update)
@@ -41,7 +41,7 @@ def test_low_rank_update_is_alpha_over_r_times_A_B_for_every_block() -> None:
     torch.testing.assert_close(update(weight), expected, rtol=1e-14, atol=0)
 
 
-def test_elements_of_a_contraction_share_B() -> None:
+def test_elements_of_a_contraction_share_their_second_factor() -> None:
     weight = torch.zeros(3, 5, 7, dtype=F64)  # elements, paths, channels
     update = LowRank(weight, [Block((3, 5), 7, std=0.2)], rank=2, alpha=2.0, generator=generator())
     randomise(update)
@@ -50,7 +50,7 @@ def test_elements_of_a_contraction_share_B() -> None:
     torch.testing.assert_close(update.change(), expected, rtol=1e-13, atol=1e-14)
 
 
-def test_A_is_normal_with_the_spread_of_its_block_and_B_is_zero() -> None:
+def test_the_first_factor_is_normal_with_the_spread_of_its_block_and_the_second_zero() -> None:
     weight = torch.zeros(200 * 50 + 200 * 50, dtype=F64)
     update = LowRank(
         weight, [Block((200,), 50), Block((200,), 50, std=0.1)], rank=16, alpha=16.0, generator=generator()

@@ -33,7 +33,8 @@ def main() -> None:
     atoms.calc = calculator = MMEACalculator(args.adapters)
     rng = np.random.default_rng(0)
     thermalize_momenta(atoms, args.temperature, rng=rng)
-    dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=args.temperature, friction=0.01 / units.fs, rng=rng)
+    settings = dict(temperature_K=args.temperature, friction=0.01 / units.fs, fixcm=False, rng=rng)
+    dynamics = Langevin(atoms, 0.5 * units.fs, **settings)
     frames = []
 
     def record() -> None:

@@ -185,7 +185,7 @@ def vibrational_spectrum(
     return Spectrum(wavenumber, density / area, width, 0.5 * PER_CM / spacing_fs)
 
 
-def spectrum_peaks_per_cm(spectrum: Spectrum, *, at_least: float = 0.05, lowest_per_cm: float = 50.0) -> FloatArray:
+def spectrum_peaks_per_cm(spectrum: Spectrum, *, at_least: float = 0.1, lowest_per_cm: float = 50.0) -> FloatArray:
     """Wavenumbers of the peaks, ascending, 1/cm; the highest point of each is refined by a parabola.
 
     Args:

@@ -8,6 +8,8 @@ from .quantity import Columns, Line, Panel, Quantity, Selection, extend, finite,
 from .statistics import block_average
 
 TIME = "Time (ps)"
+# Errors from fewer blocks than this are all scatter.
+LEAST_BLOCKS = 4
 
 
 def temperature(selection: Selection) -> Quantity | None:
@@ -117,11 +119,12 @@ def blocking(selection: Selection) -> Quantity | None:
                     columns, observable=f"{name}_{unit}", replica=r.name, target_K=target_K, block_fs=block_fs,
                     standard_error=average.errors, uncertainty=average.error_uncertainties,
                 )  # fmt: skip
-                lines.append(Line(block_fs, average.errors, f"{target_K:g} K", target_K, ".-", True))
+                shown = t.size // average.block_lengths >= LEAST_BLOCKS
+                lines.append(Line(block_fs[shown], average.errors[shown], f"{target_K:g} K", target_K, ".-", True))
         if lines:
             panels.append(Panel(title, "Length of a block (fs)", f"Standard error ({unit})", lines, logarithmic=True))
     note = (
         "Standard error of the mean over blocks of growing length. It rises until blocks are independent and is level "
-        "from there on (points with few blocks scatter); where it still rises, the run is too short."
+        "from there on; where it still rises, the run is too short."
     )
     return Quantity("blocking", "Block averages", note, panels, columns, per_row=2) if panels else None

@@ -51,6 +51,8 @@ def _colours(targets_K: Sequence[float]) -> dict[float, tuple[float, ...]]:
 
 
 def _panel(ax: Axes, panel: Panel, colours: dict[float, tuple[float, ...]], legend: bool) -> None:
+    from matplotlib.ticker import LogLocator
+
     seen: set[str] = set()
     for line in panel.lines:
         label = line.label if line.label and line.label not in seen else "_"
@@ -72,6 +74,7 @@ def _panel(ax: Axes, panel: Panel, colours: dict[float, tuple[float, ...]], lege
     if panel.logarithmic:
         for axis, scale in ((ax.xaxis, ax.set_xscale), (ax.yaxis, ax.set_yscale)):
             scale("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.set_minor_formatter(lambda *_: "")
     else:

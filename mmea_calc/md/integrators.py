@@ -10,7 +10,7 @@ into drift (A), kick (B) and the exact solution of friction and noise (O):
 |---|---|---|
 | B | v <- v + (dt/2) F/m | `v + half * f / m` |
 | A | x <- x + (dt/2) v | `x + half * v` |
-| O | v <- c v + sqrt((1 - c^2) kT/m) R, c = exp(-gamma dt) | `c * v + spread * noise(step)` |
+| O | v <- c v + sqrt((1 - c^2) kT/m) R, c = exp(-gamma dt) | `c * v + spread(step) * noise(step)` |
 | A | x <- x + (dt/2) v | |
 | B | v <- v + (dt/2) F(x)/m | |
 
@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .state import Layout, State
+from .state import BOLTZMANN, Layout, State
 
 # positions (n_atoms, 3) -> energy of every replica (n_replicas,), forces (n_atoms, 3); float64
 ForceField = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -49,13 +49,30 @@ class BAOAB:
         timestep: in ASE's unit of time.
         friction: gamma, in its inverse.
         noise: step -> standard normal numbers, (n_atoms, 3), float64.
+        heating: rise of the bath's temperature in one step, K; in the equations T is that at the step's beginning.
     """
 
-    def __init__(self, layout: Layout, timestep: float, friction: float, noise: Callable[[int], Tensor]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        timestep: float,
+        friction: float,
+        noise: Callable[[int], Tensor],
+        heating: float = 0.0,
+    ) -> None:
         self.layout, self.timestep, self.noise = layout, timestep, noise
         self.c = math.exp(-friction * timestep)
+        self.heating = heating
         # 1 - c^2 without cancellation
-        self.spread = torch.sqrt(-math.expm1(-2 * friction * timestep) * layout.kT / layout.masses)
+        self._lost = -math.expm1(-2 * friction * timestep)
+        self._spread = torch.sqrt(self._lost * layout.kT / layout.masses)
+
+    def spread(self, step: int) -> Tensor:
+        """Standard deviation of the velocity that O adds in the step after `step` steps, (n_atoms, 1)."""
+        if not self.heating:
+            return self._spread
+        kT = self.layout.kT + BOLTZMANN * self.heating * step
+        return torch.sqrt(self._lost * kT / self.layout.masses)
 
     def step(self, state: State, force_field: ForceField) -> State:
         half, m, kinetic_energy = 0.5 * self.timestep, self.layout.masses, self.layout.kinetic_energy
@@ -63,7 +80,7 @@ class BAOAB:
         v = v + half * f / m  # B
         x = x + half * v  # A
         before = kinetic_energy(v)
-        v = self.c * v + self.spread * self.noise(state.step)  # O
+        v = self.c * v + self.spread(state.step) * self.noise(state.step)  # O
         heat = state.heat + (kinetic_energy(v) - before)
         x = x + half * v  # A
         energy, f = force_field(x)

@@ -73,22 +73,23 @@ class Monitor:
         self._code = torch.zeros(n, dtype=torch.int64, device=device)
         self._step = torch.zeros(n, dtype=torch.int64, device=device)
         self._value = torch.zeros(n, dtype=torch.float64, device=device)
-        self._bounds = self._make_bounds()
+        self._bounds = self._make_bounds(0)
         self._bonds: Pairs | None = None
         self.events: list[Event] = []
         self._told: set[tuple[str, str]] = set()
 
-    def _make_bounds(self) -> Tensor:
+    def _make_bounds(self, step: int) -> Tensor:
         """(4, n_replicas): of the measures of `check`, in their order."""
         config, dof = self.config, self.layout.degrees_of_freedom
+        asked = self.layout.temperatures_K + config.heating_K_per_ps * step * config.timestep_fs / 1000
         # The temperature of n degrees of freedom has the standard deviation T sqrt(2 / n).
-        hot = self.layout.temperatures_K * (2 + 14 * torch.sqrt(2 / dof))
+        hot = asked * (2 + 14 * torch.sqrt(2 / dof))
         if config.max_temperature_K is not None:
             hot = torch.full_like(hot, config.max_temperature_K)
         elif config.ensemble == "nve":
             # without a thermostat the relaxation of a strained start stays in the replica
             hot = torch.clamp(2 * hot, min=1000.0)
-        hot = torch.where(self.layout.temperatures_K > 0, hot, torch.clamp(hot, min=1000.0))
+        hot = torch.where(asked > 0, hot, torch.clamp(hot, min=1000.0))
         largest_force, smallest_ratio = config.max_force_eV_per_A, config.min_distance_ratio
         others = [torch.full_like(hot, v) for v in (0.5, largest_force, -smallest_ratio)]
         return torch.stack([others[0], hot, others[1], others[2]])
@@ -98,6 +99,8 @@ class Monitor:
     def check(self, state: State) -> Tensor:
         """Mark the replicas that failed in the step that led to `state`; returns `alive`. Nothing is synchronised."""
         layout = self.layout
+        if self.config.heating_K_per_ps:
+            self._bounds = self._make_bounds(state.step)
         kinetic = layout.kinetic_energy(state.velocities)
         force2 = (state.forces * state.forces).sum(1)
         # a sum passes on every NaN and infinity

@@ -51,7 +51,13 @@ class Simulation:
         self._excesses: list[Tensor] = []  # of the gates, at the latest sample
         timestep = config.timestep_fs * units.fs
         self.integrator: Integrator = (
-            BAOAB(self.layout, timestep, config.friction_per_fs / units.fs, self.noise.normals)
+            BAOAB(
+                self.layout,
+                timestep,
+                config.friction_per_fs / units.fs,
+                self.noise.normals,
+                heating=config.heating_K_per_ps * config.timestep_fs / 1000,
+            )
             if config.ensemble == "nvt"
             else VelocityVerlet(self.layout, timestep)
         )
@@ -122,6 +128,15 @@ def check_settings(config: MDConfig) -> None:
     expect(config.n_steps >= 1, f"{config.time_ps} ps are less than one step of {config.timestep_fs} fs")
     friction = config.friction_per_fs
     expect(math.isfinite(friction) and friction >= 0, f"friction_per_fs must be >= 0, got {friction}")
+    end = min(t) + config.heating_K_per_ps * config.time_ps
+    expect(
+        math.isfinite(end) and end >= 0,
+        f"the temperature at the end must be >= 0 K, got {end:g} K with {config.heating_K_per_ps:g} K/ps",
+    )
+    expect(
+        config.ensemble == "nvt" or not config.heating_K_per_ps,
+        "heating needs a thermostat: the ensemble must be 'nvt'",
+    )
     for name in ("traj_every", "stats_every", "restart_every"):
         expect(getattr(config, name) >= 1, f"{name} must be at least 1 step, got {getattr(config, name)}")
     expect(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 
 from ..adapter_file import read_adapter
@@ -16,9 +15,8 @@ from ..backbone import load_backbone
 from ..config import MDConfig, Precision
 from ..potential import Potential
 from .monitor import stable_ps
-from .simulation import Simulation, folded
+from .record import record
 from .summary import mean_and_error
-from .trajectory import OBSERVABLES
 
 CHECK_TEMPERATURES_K = (300.0, 600.0, 1200.0)
 
@@ -79,36 +77,26 @@ def quick_check(
     """
     structures = [starts] if isinstance(starts, Atoms) else list(starts)
     config = MDConfig(temperatures_K=temperatures_K, replicas=replicas, time_ps=time_ps, seed=seed)
-    simulation = Simulation(potential, structures, config)
     end = time.monotonic() + seconds
-    with folded(potential):
-        simulation.start()
-        samples, alive = [simulation.sample()], [simulation.monitor.alive.cpu()]
-        while simulation.state.step < config.n_steps and simulation.any_alive() and time.monotonic() < end:
-            for _ in range(config.stats_every):
-                simulation.step()
-            samples.append(simulation.sample())
-            alive.append(simulation.monitor.alive.cpu())
-    values, living = torch.stack(samples).numpy(), torch.stack(alive).numpy()
-    events, reached = simulation.monitor.events, simulation.state.step * config.timestep_fs / 1000
+    run = record(potential, structures, config, go_on=lambda step: time.monotonic() < end)
     rows = []
-    for i, replica in enumerate(simulation.layout.replicas):
-        series = {name: values[living[:, i], j, i] for j, name in enumerate(OBSERVABLES)}
-        gates, shift = (v[np.isfinite(v)] for v in (series["gate_excess"], series["adapted_minus_bare"]))
+    for i, replica in enumerate(run.replicas):
+        series = {name: v[:, i][np.isfinite(v[:, i])] for name, v in run.values.items()}
+        gates, shift = series["gate_excess"], series["adapted_minus_bare"]
         rows.append(
             {
                 "replica": replica.name,
                 "target_K": replica.temperature_K,
                 "temperature_K": mean_and_error(series["temperature"])[0],
-                "stable_ps": stable_ps(events, replica.name, reached),
+                "stable_ps": stable_ps(run.events, replica.name, run.length_ps),
                 "gate_excess": float(gates.max()) if len(gates) else None,
                 "adapted_minus_bare_eV_per_A": float(shift.mean()) if len(shift) else None,
-                "events": [str(e) for e in events if e.replica == replica.name],
+                "events": [str(e) for e in run.events if e.replica == replica.name],
             }
         )
     return {
-        "passed": all(e.kind == "gate out of range" for e in events),
-        "time_ps": reached,
+        "passed": all(e.kind == "gate out of range" for e in run.events),
+        "time_ps": run.length_ps,
         "asked_ps": time_ps,
         "temperatures_K": list(temperatures_K),
         "replicas_per_temperature": replicas,
