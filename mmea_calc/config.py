@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
-DEFAULT_STEPS = 1200
+DEFAULT_STEPS = 2000
 
 Device = str
 Precision = Literal["float32", "float64"]
@@ -176,8 +176,8 @@ class CheckConfig:
         ramp_from_K, ramp_to_K: the thermostat's temperature at the beginning and the end of the ramp, linear between.
         ramp_ps: its length.
         ramp_replicas: runs of it, each with random numbers of its own.
-        nve_K, nve_ps, nve_replicas: of the runs at constant energy, from frames of `equilibration_ps` with a thermostat.
-        equilibration_ps: ps.
+        nve_K, nve_ps, nve_replicas: of the runs at constant energy.
+        equilibration_ps: with a thermostat, before constant energy.
         timestep_fs, friction_per_fs: of all dynamics.
         wall_from_A, wall_to_A: distances of two atoms in vacuum; the latter grows to 1.3 times the sum of the covalent
             radii where that is more.

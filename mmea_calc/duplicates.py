@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmea_calc.dataset import Dataset, Labelled
-from mmea_calc.neighbours import full_cell
+from mmea_calc.neighbours import periodic_cell
 
 FloatArray = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ def _features(item: Labelled) -> tuple[Hashable, FloatArray]:
         order = np.lexsort((mean, radius, z))
         by_mean = np.lexsort((mean, z))
         return (z[order].tobytes(), atoms.pbc.tobytes()), np.concatenate([radius[order], mean[by_mean]])
-    cell = full_cell(item.atoms)
+    cell = periodic_cell(np.array(atoms.cell.array), np.array(atoms.pbc))
     turns = 2.0 * np.pi * np.linalg.solve(cell.T, (atoms.positions - atoms.positions[0]).T).T
     lengths = np.linalg.norm(cell, axis=1)
     gram = cell @ cell.T / lengths[:, None]

@@ -6,8 +6,7 @@ errors of forces are over Cartesian components, so that structures weigh as much
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +193,7 @@ def evaluate(
             progress(done + start + len(some), total)
         return _compare(label, dataset, np.concatenate(energies), tuple(forces))
 
-    with _folded(potential):
+    with potential.folded():
         with_adapter = run("adapter", 0) if adapted else None
     shared = potential.reference_energies
     with potential.adapter_disabled():
@@ -202,20 +201,6 @@ def evaluate(
             potential.reference_energies = shared
         bare = run("backbone", len(graphs) * adapted)
     return Evaluation(dataset, bare, with_adapter, potential.backbone.name, same_reference_energies)
-
-
-@contextmanager
-def _folded(potential: Potential) -> Iterator[None]:
-    """Within this context weight updates are folded, which saves time and changes nothing else."""
-    adapter = potential.adapter
-    if adapter is None or adapter.merged:
-        yield
-        return
-    adapter.merge()
-    try:
-        yield
-    finally:
-        adapter.unmerge()
 
 
 def _graphs(potential: Potential, dataset: Dataset) -> list[Graph]:

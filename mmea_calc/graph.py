@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
-from matscipy.neighbours import neighbour_list
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import DataError
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from .neighbours import FloatArray, IntArray, pairs_within, periodic_cell
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def build_graph(atoms: Atoms, r_max: float) -> Graph:
         raise DataError(f"positions must be finite, got NaN or infinity for atom {bad[0]} ({len(bad)} atoms in all)")
     if not np.isfinite(cell).all():
         raise DataError("the cell must be finite, got NaN or infinity")
-    given, cell = cell, _complete(cell, pbc)
+    given, cell = cell, periodic_cell(cell, pbc)
     if pbc.any():
         fractional = positions @ np.linalg.inv(cell)
         positions = positions - np.where(pbc, np.floor(fractional), 0.0) @ cell
@@ -74,63 +71,10 @@ def build_graph(atoms: Atoms, r_max: float) -> Graph:
         # Along periodic directions the atoms stay in their cell.
         middle = (positions @ np.linalg.inv(cell)).mean(axis=0)
         positions = positions - np.where(pbc, 0.0, middle) @ cell
-    first, second, shifts = _neighbours(positions, cell, pbc, r_max)
+    first, second, shifts = pairs_within(positions, cell, pbc, r_max)
     # The volume of a slab's own cell, vacuum included, is what its stress refers to.
     kept = given if abs(np.linalg.det(given)) > 1e-8 else cell
     return Graph(numbers, positions, kept, pbc, np.stack([first, second]), shifts)
-
-
-def _neighbours(
-    positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], r_max: float
-) -> tuple[IntArray, IntArray, FloatArray]:
-    if not pbc.any() and len(positions) <= 64:
-        # All pairs at once beat a cell list up to some tens of atoms.
-        distance2 = ((positions[:, None] - positions[None]) ** 2).sum(-1)
-        np.fill_diagonal(distance2, np.inf)
-        first, second = np.nonzero(distance2 < r_max * r_max)
-        return first, second, np.zeros((len(first), 3))
-    box = cell
-    if not pbc.all():
-        # Directions that are not periodic: the cell list needs a box around the atoms, larger than the cutoff.
-        coordinates = (positions @ np.linalg.inv(cell)).T
-        for axis in np.flatnonzero(~pbc):
-            coordinates[axis] = _without_gaps(coordinates[axis], r_max)
-        lengths = np.where(pbc, 1.0, coordinates.max(axis=1) + 2 * r_max + 1.0)
-        box = cell * lengths[:, None]
-        positions = (coordinates + np.where(pbc, 0.0, r_max)[:, None]).T @ cell
-    first, second, shifts = neighbour_list("ijS", positions=positions, cell=box, pbc=pbc, cutoff=float(r_max))
-    return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.float64)
-
-
-def _without_gaps(coordinate: FloatArray, r_max: float) -> FloatArray:
-    """Coordinates (A) from 0 with the same neighbours, empty stretches longer than the cutoff shortened.
-
-    Otherwise the cell list's memory would grow with the distance of a molecule that flew away.
-    """
-    order = np.argsort(coordinate)
-    steps = np.minimum(np.diff(coordinate[order]), r_max + 1.0)
-    moved = np.empty_like(coordinate)
-    moved[order] = np.concatenate([[0.0], np.cumsum(steps)])
-    return moved
-
-
-def _complete(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
-    """The cell with unit vectors, normal to the periodic ones, along directions that are not periodic."""
-    lengths = np.linalg.norm(cell, axis=1)
-    for axis in np.flatnonzero(pbc):
-        if lengths[axis] < 1e-8:
-            raise DataError(f"the structure is periodic along axis {axis}, but its lattice vector there is zero")
-    rows = [cell[i] for i in range(3) if pbc[i]]
-    full = cell.copy()
-    free = list(np.flatnonzero(~pbc))
-    if free:
-        basis = np.linalg.svd(np.array(rows))[2][len(rows) :] if rows else np.eye(3)
-        for axis, vector in zip(free, basis, strict=True):
-            full[axis] = vector
-    volume = abs(np.linalg.det(full))
-    if volume < 1e-8:
-        raise DataError("the lattice vectors of the periodic directions are linearly dependent; check the cell")
-    return full
 
 
 @dataclass

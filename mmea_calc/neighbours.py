@@ -1,40 +1,108 @@
-"""Neighbour lists of ASE structures as they come: without a cell, with part of one, drifted away from it. No torch."""
+"""Neighbour lists of structures as they come: without a cell, with part of one, drifted away from it. No torch."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
-from ase.geometry import complete_cell
 from matscipy.neighbours import neighbour_list
 from numpy.typing import NDArray
 
+from .errors import DataError
+
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
-def full_cell(atoms: Atoms) -> FloatArray:
-    """The cell (3, 3) in A, with unit vectors added along axes that have none."""
-    cell = np.array(complete_cell(atoms.cell.array), dtype=np.float64)
-    # A cell that is not periodic and has no volume says nothing.
-    return cell if abs(np.linalg.det(cell)) > 1e-9 else np.eye(3)
+@dataclass(frozen=True)
+class Neighbours:
+    """Ordered pairs of atoms within a cutoff.
+
+    Attributes:
+        first, second: atoms, (n_pairs,).
+        vectors: from first to second, (n_pairs, 3), A.
+        distances: (n_pairs,), A.
+        unit_shifts: lattice vectors crossed, (n_pairs, 3).
+    """
+
+    first: IntArray
+    second: IntArray
+    vectors: FloatArray
+    distances: FloatArray
+    unit_shifts: FloatArray
 
 
-def neighbours(atoms: Atoms, quantities: str, cutoff: float) -> tuple[NDArray[Any], ...]:
-    """Matscipy's neighbour list.
+def neighbours(atoms: Atoms, cutoff: float) -> Neighbours:
+    """Pairs of a structure within `cutoff` (A). Raises DataError for a cell that cannot be."""
+    pbc = np.array(atoms.pbc, dtype=bool)
+    cell = periodic_cell(np.array(atoms.cell.array, dtype=np.float64), pbc)
+    positions = np.array(atoms.positions, dtype=np.float64)
+    first, second, shifts = pairs_within(positions, cell, pbc, cutoff)
+    vectors = positions[second] - positions[first] + shifts @ cell
+    return Neighbours(first, second, vectors, np.linalg.norm(vectors, axis=1), shifts)
+
+
+def pairs_within(
+    positions: FloatArray, cell: FloatArray, pbc: NDArray[np.bool_], r_max: float
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Ordered pairs of atoms within `r_max`: first, second, and the lattice vectors crossed, (n_pairs, 3).
 
     Args:
-        quantities: letters of `matscipy.neighbours.neighbour_list`: "i", "j", "d" (A), "D" (A), "S".
-        cutoff: A.
+        positions: (n_atoms, 3), A.
+        cell: from `periodic_cell`.
+        pbc: (3,).
+        r_max: A.
     """
-    cell = full_cell(atoms)
-    fractional = np.linalg.solve(cell.T, atoms.positions.T).T
-    # Along axes that are not periodic the list needs a box around the atoms; their own cell may be anywhere.
-    low, high = fractional.min(axis=0), fractional.max(axis=0)
-    margin = 1.0 / np.linalg.norm(cell, axis=1)
-    scale = np.where(atoms.pbc, 1.0, high - low + 2.0 * margin)
-    origin = np.where(atoms.pbc, 0.0, low - margin) @ cell
-    result = neighbour_list(
-        quantities, positions=atoms.positions - origin, cell=cell * scale[:, None], pbc=atoms.pbc, cutoff=float(cutoff)
-    )
-    return result if isinstance(result, tuple) else (result,)
+    if not pbc.any() and len(positions) <= 64:
+        # All pairs at once beat a cell list up to some tens of atoms.
+        distance2 = ((positions[:, None] - positions[None]) ** 2).sum(-1)
+        np.fill_diagonal(distance2, np.inf)
+        first, second = np.nonzero(distance2 < r_max * r_max)
+        return first, second, np.zeros((len(first), 3))
+    box = cell
+    if not pbc.all():
+        # Directions that are not periodic: the cell list needs a box around the atoms, larger than the cutoff.
+        coordinates = (positions @ np.linalg.inv(cell)).T
+        for axis in np.flatnonzero(~pbc):
+            coordinates[axis] = _without_gaps(coordinates[axis], r_max)
+        lengths = np.where(pbc, 1.0, coordinates.max(axis=1) + 2 * r_max + 1.0)
+        box = cell * lengths[:, None]
+        positions = (coordinates + np.where(pbc, 0.0, r_max)[:, None]).T @ cell
+    first, second, shifts = neighbour_list("ijS", positions=positions, cell=box, pbc=pbc, cutoff=float(r_max))
+    return first.astype(np.int64), second.astype(np.int64), shifts.astype(np.float64)
+
+
+def _without_gaps(coordinate: FloatArray, r_max: float) -> FloatArray:
+    """Coordinates (A) from 0 with the same neighbours, empty stretches longer than the cutoff shortened.
+
+    Otherwise the cell list's memory would grow with the distance of a molecule that flew away.
+    """
+    order = np.argsort(coordinate)
+    steps = np.minimum(np.diff(coordinate[order]), r_max + 1.0)
+    moved = np.empty_like(coordinate)
+    moved[order] = np.concatenate([[0.0], np.cumsum(steps)])
+    return moved
+
+
+def periodic_cell(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
+    """The cell with unit vectors, normal to the periodic ones, along directions that are not periodic.
+
+    Raises:
+        DataError: a periodic direction without a lattice vector, or lattice vectors that depend on each other.
+    """
+    lengths = np.linalg.norm(cell, axis=1)
+    for axis in np.flatnonzero(pbc):
+        if lengths[axis] < 1e-8:
+            raise DataError(f"the structure is periodic along axis {axis}, but its lattice vector there is zero")
+    rows = [cell[i] for i in range(3) if pbc[i]]
+    full = cell.copy()
+    free = list(np.flatnonzero(~pbc))
+    if free:
+        basis = np.linalg.svd(np.array(rows))[2][len(rows) :] if rows else np.eye(3)
+        for axis, vector in zip(free, basis, strict=True):
+            full[axis] = vector
+    volume = abs(np.linalg.det(full))
+    if volume < 1e-8:
+        raise DataError("the lattice vectors of the periodic directions are linearly dependent; check the cell")
+    return full

@@ -134,7 +134,8 @@ def check_structures(dataset: Dataset, backbone_elements: Sequence[int]) -> Floa
 
 def _shortest_distance(item: Labelled) -> float:
     atoms = item.atoms
-    first, second, d = neighbours(atoms, "ijd", _SEARCH_DISTANCE_A)
+    pairs = neighbours(atoms, _SEARCH_DISTANCE_A)
+    first, second, d = pairs.first, pairs.second, pairs.distances
     if len(d) == 0:
         return float("inf")
     k = int(np.argmin(d))
@@ -171,8 +172,7 @@ def _doubts(dataset: Dataset, r_max: float | None) -> list[str]:
 
 
 def _has_lonely_atom(item: Labelled, r_max: float) -> bool:
-    (first,) = neighbours(item.atoms, "i", r_max)
-    return len(np.unique(first)) < len(item.atoms)
+    return len(np.unique(neighbours(item.atoms, r_max).first)) < len(item.atoms)
 
 
 def robust_scores(values: FloatArray) -> FloatArray:

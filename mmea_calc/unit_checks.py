@@ -113,7 +113,8 @@ def bond_stiffness(structures: Sequence[Labelled]) -> float | None:
         assert item.forces is not None
         z = item.atoms.numbers
         kind = z.tobytes()
-        first, second, d, vector = neighbours(item.atoms, "ijdD", 2.5)
+        pairs = neighbours(item.atoms, 2.5)
+        first, second, d, vector = pairs.first, pairs.second, pairs.distances, pairs.vectors
         bonded = (first < second) & np.isin(z[first], _NONMETALS) & np.isin(z[second], _NONMETALS)
         bonded &= d < 1.25 * (covalent_radii[z[first]] + covalent_radii[z[second]])
         first, second, d, vector = first[bonded], second[bonded], d[bonded], vector[bonded]

@@ -210,17 +210,17 @@ def test_elements_that_only_the_test_set_has_are_pointed_out() -> None:
 
 def test_neighbours_do_not_depend_on_where_the_molecule_is() -> None:
     atoms = molecule("C6H6")
-    reference = np.sort(neighbours(atoms, "d", 3.0)[0])
+    reference = np.sort(neighbours(atoms, 3.0).distances)
     for shift, cell in [((0, 0, 0), None), ((500, -3, 7), None), ((40, 40, 40), [10, 10, 10])]:
         moved = atoms.copy()
         moved.translate(shift)
         moved.set_cell(cell)
-        np.testing.assert_allclose(np.sort(neighbours(moved, "d", 3.0)[0]), reference, atol=1e-9)
+        np.testing.assert_allclose(np.sort(neighbours(moved, 3.0).distances), reference, atol=1e-9)
     slab = atoms.copy()
     slab.set_cell([20, 20, 0])
     slab.pbc = (True, True, False)
     slab.translate([100, 50, -70])
-    np.testing.assert_allclose(np.sort(neighbours(slab, "d", 3.0)[0]), reference, atol=1e-9)
+    np.testing.assert_allclose(np.sort(neighbours(slab, 3.0).distances), reference, atol=1e-9)
 
 
 # Units --------------------------------------------------------------------------------------------------------------

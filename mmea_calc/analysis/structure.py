@@ -66,7 +66,8 @@ def find_bonds(
     """
     atoms = Atoms(np.asarray(numbers), positions=np.asarray(positions_A), cell=np.asarray(cell_A), pbc=np.asarray(pbc))
     radii = covalent_radii[atoms.numbers]
-    i, j, d, images = neighbours(atoms, "ijdS", scale * 2.0 * float(radii.max()))
+    near = neighbours(atoms, scale * 2.0 * float(radii.max()))
+    i, j, d, images = near.first, near.second, near.distances, near.unit_shifts.astype(np.int64)
     # Of the two directions of a bond the first in order of atoms, and of images for an atom bonded to its own image.
     sign = np.where(images[:, 0] != 0, images[:, 0], np.where(images[:, 1] != 0, images[:, 1], images[:, 2]))
     keep = (d < scale * (radii[i] + radii[j])) & ((i < j) | ((i == j) & (sign > 0)))
@@ -286,8 +287,8 @@ def _distances_in_cell(
     fractional = np.linalg.solve(cell_A.T, positions_A.T).T
     # Wrapped here: unwrapped positions may be many cells away, and the neighbour list wants them near.
     wrapped = (fractional - np.floor(fractional)) @ cell_A
-    i, j, d = neighbours(Atoms(numbers, positions=wrapped, cell=cell_A, pbc=True), "ijd", r_max_A)
-    return i, j, d
+    near = neighbours(Atoms(numbers, positions=wrapped, cell=cell_A, pbc=True), r_max_A)
+    return near.first, near.second, near.distances
 
 
 def half_height(cell_A: ArrayLike) -> float:

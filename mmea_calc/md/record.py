@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..config import MDConfig
 from ..potential import Potential
 from .monitor import Event
-from .simulation import Simulation, folded
+from .simulation import Simulation
 from .state import Replica
 from .trajectory import OBSERVABLES
 
@@ -68,7 +68,7 @@ def record(
     simulation = Simulation(potential, starts, config)
     layout, steps = simulation.layout, [0]
     frames: list[tuple[int, FloatArray]] = []
-    with folded(potential):
+    with potential.folded():
         simulation.start()
         samples, alive = [simulation.sample()], [simulation.monitor.alive.cpu()]
         while simulation.state.step < config.n_steps and simulation.any_alive() and go_on(simulation.state.step):

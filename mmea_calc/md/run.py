@@ -30,7 +30,7 @@ from ..errors import DynamicsError
 from ..potential import Potential
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_whole
 from .minimise import minimise
-from .simulation import Simulation, folded
+from .simulation import Simulation
 from .summary import Summary, summarise
 from .trajectory import Member
 from .trajectory_writer import Settings, TrajectoryWriter
@@ -103,7 +103,7 @@ def run_md(
     simulation = Simulation(potential, structures, config)  # checks everything
     identity = _identity(potential, structures, config)
     checkpoint = _prepare(folder, identity, resume=resume, overwrite=overwrite)
-    with folded(potential):
+    with potential.folded():
         if checkpoint is None:
             messages: list[str] = []
             if config.minimize:

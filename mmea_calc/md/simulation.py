@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from ase import Atoms, units
@@ -92,20 +91,6 @@ class Simulation:
 
     def any_alive(self) -> bool:
         return bool(self.monitor.alive.any())
-
-
-@contextmanager
-def folded(potential: Potential) -> Iterator[None]:
-    """Within this context the adapter's weight updates are folded: faster, and otherwise the same."""
-    adapter = potential.adapter
-    if adapter is None or adapter.merged:
-        yield
-        return
-    adapter.merge()
-    try:
-        yield
-    finally:
-        adapter.unmerge()
 
 
 def check_settings(config: MDConfig) -> None:
