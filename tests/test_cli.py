@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,23 @@ def test_backbone_list_and_show_name_the_embedded_one() -> None:
     shown = json.loads(mmea("backbone", "show", "mmea-organic-s", "--json").stdout)
     assert shown["n_parameters"] == 325328
     assert shown["fingerprint"][:16] in mmea("backbone", "show", "mmea-organic-s").stdout
+
+
+def test_check_md_runs_dynamics_and_keeps_the_verdict_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.md import stability
+
+    monkeypatch.setattr("mmea_calc.md.quick_check", partial(stability.quick_check, time_ps=0.008), raising=False)
+    frames = (DATA / "train.xyz").read_text().splitlines(keepends=True)
+    (tmp_path / "train.xyz").write_text("".join(frames[: 6 * 23]))
+    path = tmp_path / "tiny.adapter"
+    result = mmea("finetune", tmp_path / "train.xyz", DATA / "isolated_atoms.xyz", "-o", path, "--epochs", 2,
+                  "--method", "gates", "--gate-rank", 2, "--lr", 1e-3, "--batch-size", 1,
+                  "--valid-fraction", 0.4, "--check-md")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    verdict = read_adapter(path).checks["dynamics"]
+    assert verdict["passed"] is True
+    assert [row["target_K"] for row in verdict["replicas"]] == [300.0, 600.0, 1200.0]
+    assert "passed" in result.output

@@ -171,13 +171,22 @@ def _compare(
     own_rms: float,
 ) -> OtherMolecules:
     differences = [a - b for a, b in pairs]
-    errors = [[np.abs(forces[i] - item.forces) for forces, item in zip(pairs, items, strict=True)] for i in (0, 1)]
-    means = [1000 * float(np.concatenate(e).mean()) for e in errors]
-    each = [1000 * np.array([x.mean() for x in e]) for e in errors]
     rms = _rms(differences)
-    per_structure = np.array([_rms([d]) for d in differences])
-    ratio = rms / own_rms if own_rms > 0 else None
-    return OtherMolecules(name, level, len(items), rms, ratio, *means, judged, per_structure, *each)
+    truth = [item.forces for item in items if item.forces is not None]
+    adapted, bare = ([np.abs(p[i] - f) for p, f in zip(pairs, truth, strict=True)] for i in (0, 1))
+    return OtherMolecules(
+        name=name,
+        level_of_theory=level,
+        n_structures=len(items),
+        difference_meV_per_A=rms,
+        ratio=rms / own_rms if own_rms > 0 else None,
+        adapted_mae_meV_per_A=1000 * float(np.concatenate(adapted).mean()),
+        bare_mae_meV_per_A=1000 * float(np.concatenate(bare).mean()),
+        judged=judged,
+        per_structure_meV_per_A=np.array([_rms([d]) for d in differences]),
+        adapted_errors_meV_per_A=1000 * np.array([e.mean() for e in adapted]),
+        bare_errors_meV_per_A=1000 * np.array([e.mean() for e in bare]),
+    )
 
 
 def _rms(differences: Sequence[FloatArray]) -> float:

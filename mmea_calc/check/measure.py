@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ase import Atoms
 
@@ -99,12 +98,15 @@ def _model(
     def stage(text: str) -> Tick:
         return _stage(progress, f"{label}: {text}")
 
-    walls: list[Any] = []
-    for text, these in zip(("pairs of atoms", "squeezed bonds", "molecules pushed together"), tasks, strict=True):
-        walls.append(scan(potential, these, config, stage(text)))
-    conserving = constant_energy(potential, frames, config, stage("constant energy"))
-    heated = ramp(potential, atoms, config, stage("temperature ramp"))
-    return ModelReport(label, heated, *walls, conserving)
+    pairs, squeezes, approaches = tasks
+    return ModelReport(
+        label,
+        pairs=scan(potential, pairs, config, stage("pairs of atoms")),
+        squeezes=scan(potential, squeezes, config, stage("squeezed bonds")),
+        approaches=scan(potential, approaches, config, stage("molecules pushed together")),
+        constant_energy=constant_energy(potential, frames, config, stage("constant energy")),
+        ramp=ramp(potential, atoms, config, stage("temperature ramp")),
+    )
 
 
 def _stage(progress: Progress, text: str) -> Tick:

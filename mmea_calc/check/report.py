@@ -283,10 +283,8 @@ def _drift_row(report: CheckReport) -> Row:
     texts = []
     for m in models:
         drift, error = m.constant_energy.drift_meV_per_atom_ps, m.constant_energy.drift_error_meV_per_atom_ps
-        known = drift is not None and error is not None
-        texts.append(
-            f"{drift:.3f} ± {error:.3f} meV/atom/ps" if known else "failed" if m.constant_energy.events else "-"
-        )
+        unknown = "failed" if m.constant_energy.events else "-"
+        texts.append(unknown if drift is None else f"{drift:.3f} ± {error:.3f} meV/atom/ps")
     failure = None
     drift, error = nve.drift_meV_per_atom_ps, nve.drift_error_meV_per_atom_ps
     if nve.events:
