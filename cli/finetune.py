@@ -101,6 +101,9 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Structures per step.", rich_help_panel=TRAINING)] = None,
     energy_weight: Annotated[float | None, typer.Option(help="Of the energy loss.", rich_help_panel=TRAINING)] = None,
     forces_weight: Annotated[float | None, typer.Option(help="Of the forces loss.", rich_help_panel=TRAINING)] = None,
+    stress_weight: Annotated[
+        float | None, typer.Option(help="Of the stress loss, where there are stresses.", rich_help_panel=TRAINING)
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of splits, shuffling and initial values.", rich_help_panel=TRAINING)
     ] = None,

@@ -50,8 +50,8 @@ def _rows(adapter: AdapterFile, file: Path) -> Iterator[tuple[str, Any]]:
             yield f"{name} data", _data(used)
     yield "training", _words(adapter.training)
     yield from _errors(adapter.metrics)
-    if adapter.checks:
-        yield "checks", _words(adapter.checks)
+    for name, verdict in adapter.checks.items():
+        yield f"check of {name}", _verdict(verdict)
     if ranges := header["gate_ranges"]:
         low, high = min(r[0] for r in ranges.values()), max(r[1] for r in ranges.values())
         yield "gate ranges", f"{low:.3g} to {high:.3g} over {len(ranges)} gates in training"
@@ -76,6 +76,13 @@ def _errors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _data(used: Mapping[str, Any]) -> str:
     digits = str(used.get("sha256", ""))[:FINGERPRINT_DIGITS]
     return f"{show(used.get('structures'))} structures of {used.get('name')}, sha256 {digits}"
+
+
+def _verdict(check: Any) -> Any:
+    """Passed or not, with the reasons where the check gives some; the whole of it is in --json."""
+    if not isinstance(check, Mapping) or "passed" not in check:
+        return check
+    return "passed" if check["passed"] else " ".join(["not passed.", *map(str, check.get("failures") or ())])
 
 
 def _words(values: Mapping[str, Any]) -> str | None:

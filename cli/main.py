@@ -15,6 +15,7 @@ from mmea_calc.errors import MMEAError
 
 from .analyse import analyse
 from .backbone import app as backbone_app
+from .check import check
 from .convert import convert
 from .evaluate import evaluate
 from .finetune import finetune
@@ -55,6 +56,7 @@ app = typer.Typer(
 app.command()(finetune)
 app.command()(evaluate)
 app.command(cls=SeveralValues)(md)
+app.command()(check)
 app.command()(convert)
 app.command()(info)
 app.command()(analyse)

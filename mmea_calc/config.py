@@ -218,7 +218,7 @@ class CheckConfig:
     max_hole_rim_eV: float = 10.0
     max_wall_force_eV_per_A: float = 1e6
     min_bond_change_K: float = 1000.0
-    max_drift_meV_per_atom_ps: float = 1.0
+    max_drift_meV_per_atom_ps: float = 0.2
     max_forgetting: float = 2.0
 
 

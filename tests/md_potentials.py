@@ -47,6 +47,10 @@ class Morse:
     def adapter_disabled(self) -> Iterator[None]:
         yield
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        yield
+
     def predict(self, batch: Batch, **_: Any) -> Prediction:
         self.calls += 1
         tensors = batch.tensors

@@ -18,7 +18,7 @@ import torch
 from ase import Atoms
 from ase.io import write
 
-from conftest import ELEMENTS, ethanol, random_network, randomise
+from conftest import ELEMENTS, crystal, ethanol, random_network, randomise
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.backbone import Backbone
@@ -249,6 +249,37 @@ def test_structures_may_lack_energies_or_forces(tmp_path: Path, energies: bool, 
     assert math.isnan(result.fine_tuned["valid"].energy_mae_meV) == (not energies)
     assert math.isnan(result.fine_tuned["valid"].forces_mae_meV_per_A) == (not forces)
     assert result.improved
+
+
+def test_stress_is_learnt_where_it_is_labelled_and_weighted(tmp_path: Path) -> None:
+    teacher = Potential(tiny_backbone(seed=7))
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(8):
+        atoms = crystal()
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(0, 0.02, (3, 3))), scale_atoms=True)
+        prediction = teacher.predict(teacher.collate([teacher.graph(atoms)]), stress=True)
+        assert prediction.forces is not None
+        assert prediction.stress is not None
+        atoms.info |= {"REF_energy": float(prediction.energy[0]), "REF_stress": prediction.stress[0].numpy().ravel()}
+        atoms.arrays["REF_forces"] = prediction.forces.numpy()
+        frames.append(atoms)
+    write(tmp_path / "crystal.xyz", frames, format="extxyz")
+    data = read_dataset(tmp_path / "crystal.xyz")
+    assert data.counts["stress"] == 8
+
+    def stress_error(potential: Potential) -> float:
+        prediction = potential.predict(potential.collate([potential.graph(f) for f in frames]), stress=True)
+        assert prediction.stress is not None
+        labels = np.array([s.stress for s in data.structures])
+        return float(np.abs(prediction.stress.numpy() - labels).mean())
+
+    training = TrainConfig(**{**QUICK.__dict__, "epochs": 12, "stress_weight": 1000.0, "energy_weight": 0.0})
+    finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=training, E0s="backbone")
+    potential = Potential(tiny_backbone())
+    bare = stress_error(potential)
+    potential.use(read_adapter(tmp_path / "a.adapter"))
+    assert stress_error(potential) < 0.7 * bare
 
 
 def test_the_run_folder_tells_what_the_run_was(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def _shipped(
     for theory, items in other_molecules().items():
         usable = tuple(s for s in items if set(s.atoms.numbers) <= known and s.atoms.get_chemical_formula() != formula)
         if usable:
-            sets.append((f"other molecules, {theory}", theory, same_level(theory, level), usable))
+            sets.append((f"{theory} molecules", theory, same_level(theory, level), usable))
     return sets
 
 

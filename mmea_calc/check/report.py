@@ -47,8 +47,9 @@ class Row:
     Attributes:
         quantity: what was measured.
         subject, bare: of the potential under check, and of its bare backbone (empty if that is what is checked).
-        bound: what is sound, in words; empty where nothing is judged.
+        bound: what is sound, in words.
         failure: a sentence if the bound is not kept.
+        judged: whether the line has a verdict at all.
     """
 
     quantity: str
@@ -56,6 +57,7 @@ class Row:
     bare: str
     bound: str = ""
     failure: str | None = None
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _ramp_rows(report: CheckReport) -> list[Row]:
     survived = [f"{m.ramp.survived_ps:.2f} of {m.ramp.length_ps:.2f} ps, {_failed(m.ramp)}" for m in models]
     changed = ["none" if (t := m.ramp.changed_K) is None else f"from {t:.0f} K" for m in models]
     ramp, bound = report.subject.ramp, config.min_bond_change_K
+    above = f"not below {bound:g} K" if report.bare is not None else ""
     failure = None
     if ramp.n_failed:
         first = min((r for r in ramp.replicas if r.failed_K is not None), key=lambda r: r.survived_ps)
@@ -152,8 +155,8 @@ def _ramp_rows(report: CheckReport) -> list[Row]:
                 f"Bonds change at {t:.0f} K in the ramp, below {bound:g} K; under the bare backbone they stay {until}."
             )
     return [
-        Row(f"ramp {asked}", *_two(survived), "no replica fails", failure),
-        Row("bonds changed in the ramp", *_two(changed), f"{bound:g} K" if report.bare else "", chemistry),
+        Row(f"ramp {asked}", *_two(survived), "none fails", failure),
+        Row("bonds changed in the ramp", *_two(changed), above, chemistry, judged=report.bare is not None),
     ]
 
 
@@ -168,7 +171,7 @@ def _last_words(events: Sequence[str]) -> str:
 
 # Walls --------------------------------------------------------------------------------------------------------------
 
-_WALLS = {"pairs": "two atoms", "squeezes": "squeezed bonds", "approaches": "two molecules pushed together"}
+_WALLS = {"pairs": "two atoms", "squeezes": "squeezed bonds", "approaches": "molecules pushed together"}
 
 
 def _wall_rows(report: CheckReport) -> list[Row]:
@@ -176,7 +179,9 @@ def _wall_rows(report: CheckReport) -> list[Row]:
     bound = f"no hole below {config.max_hole_rim_eV:g} eV"
     for i, pair in enumerate(report.subject.pairs):
         texts = [_wall(m.pairs[i]) for m in _models(report)]
-        rows.append(Row(f"wall {pair.label}", *_two(texts), bound, _wall_failure(report, "pairs", [i])))
+        rows.append(
+            Row(f"{pair.label} at {pair.distances_A[0]:g} Å", *_two(texts), bound, _wall_failure(report, "pairs", [i]))
+        )
     for name in ("squeezes", "approaches"):
         scans: tuple[Scan, ...] = getattr(report.subject, name)
         if not scans:
@@ -192,8 +197,8 @@ def _wall(scan: Scan) -> str:
         return "not finite"
     if scan.wall_A is None:
         return "no wall"
-    top = f"{scan.energies_eV[0]:.0f} eV at {scan.distances_A[0]:.1f} Å"
-    return top if scan.hole is None else f"{top}, hole {_hole_text(scan)}"
+    top = f"{scan.energies_eV[0]:.0f} eV"
+    return top if scan.hole is None else f"{top}; hole: {_hole_text(scan)}"
 
 
 def _walls(scans: Sequence[Scan]) -> str:
@@ -202,14 +207,14 @@ def _walls(scans: Sequence[Scan]) -> str:
     missing = [s for s in scans if s.wall_A is None and s not in broken]
     words = [f"{len(items)} {text}" for items, text in ((broken, "not finite"), (missing, "without a wall")) if items]
     if holes:
-        words.append(f"{len(holes)} with a hole, lowest rim {holes[0].label} {_hole_text(holes[0])}")
+        words.append(f"{len(holes)} with a hole, {holes[0].label}: {_hole_text(holes[0])}")
     return ", ".join(words) or "no hole"
 
 
 def _hole_text(scan: Scan) -> str:
     hole = scan.hole
     assert hole is not None
-    return f"{hole.depth_eV:.2g} eV below {hole.rim_A:.2f} Å, rim {hole.rim_eV:.2g} eV"
+    return f"{hole.depth_eV:.2g} eV, rim {hole.rim_eV:.2g} eV at {hole.rim_A:.2f} Å"
 
 
 def _rim(scan: Scan) -> float:
@@ -251,16 +256,16 @@ def _forgetting_rows(report: CheckReport) -> list[Row]:
     if forgetting is None:
         return []
     own = f"{forgetting.own_difference_meV_per_A:.0f} meV/Å"
-    rows = [Row(f"adapted - bare forces, {report.formula}", own, "")]
+    rows = [Row(f"adapted - bare forces, {report.formula}", own, "", judged=False)]
     for item in forgetting.others:
-        ratio = "" if item.ratio is None else f", {item.ratio:.2f} times that"
+        ratio = "" if item.ratio is None else f", ratio {item.ratio:.2f}"
         text = f"{item.difference_meV_per_A:.0f} meV/Å{ratio}"
-        rows.append(Row(f"  {item.name} ({item.n_structures})", text, ""))
+        rows.append(Row(f"  {item.name} ({item.n_structures})", text, "", judged=False))
     for item in forgetting.others:
         errors = [f"{e:.0f} meV/Å" for e in (item.adapted_mae_meV_per_A, item.bare_mae_meV_per_A)]
-        most = report.config.max_forgetting
-        bound = f"{most:g} times bare" if item.judged else "another level: not judged"
-        rows.append(Row(f"forces MAE, {item.name} ({item.n_structures})", *_two(errors), bound, _forgot(item, most)))
+        name, most = f"forces MAE, {item.name} ({item.n_structures})", report.config.max_forgetting
+        bound = f"{most:g} times bare" if item.judged else "not judged"
+        rows.append(Row(name, *_two(errors), bound, _forgot(item, most), item.judged))
     return rows
 
 
