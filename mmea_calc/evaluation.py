@@ -128,7 +128,7 @@ class Evaluation:
         }
 
     def parity(self) -> list[ParitySeries]:
-        """Predictions against labels as `mmea_calc.plots` draws them, in the order of `models`.
+        """Predictions against labels as `mmea_calc.plots` draws them, the backbone first and the adapter over it.
 
         Structures without a label are left out.
         """
@@ -147,7 +147,7 @@ class Evaluation:
                 forces=_stack(model.forces[i] for i in force_rows),
                 reference_forces=_stack(structures[i].forces for i in force_rows),
             )
-            for model in self.models
+            for model in reversed(self.models)
         ]
 
 

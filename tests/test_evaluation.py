@@ -210,7 +210,7 @@ def test_results_are_plain_values_and_parity_series(potential: Potential) -> Non
     assert values["adapter"]["overall"]["energy"]["mae_meV"] == found.adapter.overall.energy.mae_meV
     assert values["backbone"]["by_config_type"]["b"]["forces"]["n_atoms"] == 6
     assert values["adapter"]["forces_by_element"]["C"]["n_atoms"] == 3
-    for series, model in zip(found.parity(), found.models, strict=True):
+    for series, model in zip(found.parity(), reversed(found.models), strict=True):
         assert series.label == model.label
         assert series.energy.shape == series.reference_energy.shape == (4,)
         assert series.forces.shape == series.reference_forces.shape == (sum(map(len, STRUCTURES)) - 3, 3)
