@@ -76,9 +76,7 @@ class Potential:
             return
         file.check_backbone(self.backbone)
         if self.adapter is None or not _same_form(self.adapter.config, file.config):
-            if self.adapter is not None:
-                self.adapter.detach()
-                self.adapter = None
+            self.use(None)  # from here on a failure leaves the bare backbone, not half of two adapters
             fresh = attach(self.backbone.network, file.config)
             try:
                 fresh.load_state_dict(file.tensors)

@@ -569,8 +569,8 @@ def largest_forces(network: nn.Module, pair: str, elements: tuple[int, ...]) -> 
 def largest_ratios(saturate: bool) -> list[float]:
     """Forces on pairs of atoms over the bare backbone's: for each of eight random draws of the gates, the worst pair.
 
-    Spread 0.03 is that of the heads of adapters trained on aspirin (0.03 to 0.07). No draw is left out. The fact has its
-    limits: at 0.05 six of these eight draws exceed 10, the worst 620, because the gains of the layers multiply.
+    Spread 0.03 is the lower end of trained heads' (0.03 to 0.07, aspirin adapters). No draw is left out. The fact has
+    limits: at 0.05 six of eight draws exceed 10, the worst 620, because the gains of the layers multiply.
     """
     backbone = load_backbone("mmea-organic-s", dtype="float64")
     network, elements = backbone.network, backbone.elements
@@ -600,4 +600,4 @@ def test_two_atoms_pushed_together_feel_forces_of_the_backbone_s_order_of_magnit
 
 
 def test_without_saturation_two_atoms_pushed_together_blow_up() -> None:
-    assert max(largest_ratios(saturate=False)) > 1e6
+    assert max(largest_ratios(saturate=False)) > 1e4

@@ -155,7 +155,7 @@ def test_bonds_of_a_crystal_are_squeezed_across_its_border() -> None:
 def test_many_bonds_are_thinned_out_over_all_kinds() -> None:
     found, n_bonds = paths.squeezes(ethanol(), CheckConfig(max_bonds=4))
     assert (len(found), n_bonds) == (4, 8)
-    assert len({"".join(c for c in p.label if c.isalpha()) for p in found}) >= 3
+    assert len({"".join(c for c in p.label if c.isalpha()) for p in found}) >= 2
 
 
 def test_two_molecules_meet_with_their_leading_atoms() -> None:

@@ -125,6 +125,7 @@ def ramp(potential: Potential, atoms: Atoms, config: CheckConfig, tick: Tick = l
     """
     settings = ramp_settings(config)
     run = record(potential, [atoms], settings, go_on=_ticking(tick, settings))
+    tick(1.0)
     rate = settings.heating_K_per_ps
     replicas = []
     for replica in run.replicas:

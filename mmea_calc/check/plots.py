@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from ase.data import atomic_numbers
 
 from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, _finish, _save
+from .forgetting import OtherMolecules
 from .report import CheckReport, ModelReport
 from .scans import FloatArray, Scan
 
@@ -89,15 +91,14 @@ def _walls(axes: Axes, by_model: Sequence[Sequence[Scan]], words: str, x: str, r
         axes.text(0.5, 0.5, "not for a periodic structure", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    kinds = list(dict.fromkeys(_kind(s.label) for s in by_model[0]))
+    kinds = sorted({_kind(s.label) for s in by_model[0]}, key=_order)
     colour = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    told = set()
+    for kind in kinds:
+        axes.plot([], [], color=colour[kind], linewidth=1.4, label=kind)
     for scans, style, width in zip(by_model, ("-", "--"), (1.4, 1.0), strict=False):
         for scan in scans:
             kind = _kind(scan.label)
-            label = None if kind in told else kind
-            told.add(kind)
-            (line,) = axes.plot(scan.distances_A, scan.energies_eV, label=label, alpha=0.85, linewidth=width)
+            (line,) = axes.plot(scan.distances_A, scan.energies_eV, alpha=0.85, linewidth=width)
             line.set(color=colour[kind], linestyle=style)
             if scan.hole is not None:
                 face = colour[kind] if style == "-" else "white"
@@ -119,8 +120,14 @@ def _walls(axes: Axes, by_model: Sequence[Sequence[Scan]], words: str, x: str, r
 
 
 def _kind(label: str) -> str:
-    """ "C3-O7" and "O2...O2" without the numbers of the atoms."""
-    return "".join(c for c in label if not c.isdigit())
+    """ "O7-C3" as "C-O", "O2...C1" as "C...O": the elements alone, the lighter one first."""
+    joint = "..." if "..." in label else "-"
+    symbols = ("".join(c for c in part if c.isalpha()) for part in label.split(joint))
+    return joint.join(sorted(symbols, key=lambda s: atomic_numbers[s]))
+
+
+def _order(kind: str) -> list[int]:
+    return [atomic_numbers[s] for s in kind.replace("...", "-").split("-")]
 
 
 def _forgetting(axes: Axes, report: CheckReport) -> None:
@@ -130,12 +137,15 @@ def _forgetting(axes: Axes, report: CheckReport) -> None:
         axes.text(0.5, 0.5, "no adapter: nothing to compare", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    own = (f"{report.formula}, thermal frames", forgetting.own_per_structure_meV_per_A)
-    series = [own, *((s.name, s.per_structure_meV_per_A) for s in forgetting.others)]
+    own = (
+        f"{report.formula}, {len(forgetting.own_per_structure_meV_per_A)} thermal frames",
+        forgetting.own_per_structure_meV_per_A,
+    )
+    series = [own, *((_with_errors(s), s.per_structure_meV_per_A) for s in forgetting.others)]
     for (name, values), colour in zip(series, ("black", BLUE, ORANGE, GREEN), strict=False):
         ordered = np.sort(values)
         share = np.arange(1, len(ordered) + 1) / len(ordered)
-        axes.step(ordered, share, where="post", color=colour, label=f"{name} ({len(ordered)})", linewidth=1.6)
+        axes.step(ordered, share, where="post", color=colour, label=name, linewidth=1.6)
     if all(values.min() > 0 for _, values in series):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
@@ -144,12 +154,14 @@ def _forgetting(axes: Axes, report: CheckReport) -> None:
         )
         axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.set_ylim(0, 1.02)
-    judged = [s for s in forgetting.others if s.judged]
-    words = [f"{s.name}:\nerror {s.adapted_mae_meV_per_A:.0f}, bare {s.bare_mae_meV_per_A:.0f} meV/Å" for s in judged]
-    if words:
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9}
-        axes.text(0.98, 0.04, "\n".join(words), ha="right", va="bottom", fontsize=8, transform=axes.transAxes, bbox=box)
     _finish(axes, "Root mean square difference of a structure's forces (meV/Å)", "Share of structures below")
+
+
+def _with_errors(item: OtherMolecules) -> str:
+    name = f"{item.name} ({item.n_structures})"
+    if not item.judged:
+        return name
+    return f"{name}\nMAE {item.adapted_mae_meV_per_A:.0f}, backbone alone {item.bare_mae_meV_per_A:.0f} meV/Å"
 
 
 def _energy(axes: Axes, models: Sequence[ModelReport]) -> None:
