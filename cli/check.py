@@ -42,7 +42,7 @@ def check(
     ramp_to: Annotated[float | None, typer.Option(help="Its last temperature, K.", rich_help_panel=DYNAMICS)] = None,
     replicas: Annotated[int | None, typer.Option(help="Runs of the ramp.", rich_help_panel=DYNAMICS)] = None,
     nve_time: Annotated[
-        str | None, typer.Option(help="Length of the runs at constant energy: 1ps.", rich_help_panel=DYNAMICS)
+        str | None, typer.Option(help="Length of the runs at constant energy: 0.5ps.", rich_help_panel=DYNAMICS)
     ] = None,
     timestep: Annotated[str | None, typer.Option(help="Such as 0.5fs.", rich_help_panel=DYNAMICS)] = None,
     seed: Annotated[int | None, typer.Option(help="Of all random numbers.", rich_help_panel=DYNAMICS)] = None,

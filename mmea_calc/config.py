@@ -201,7 +201,7 @@ class CheckConfig:
     ramp_ps: float = 2.0
     ramp_replicas: int = 3
     nve_K: float = 300.0
-    nve_ps: float = 1.0
+    nve_ps: float = 0.5
     nve_replicas: int = 2
     equilibration_ps: float = 0.2
     timestep_fs: float = 0.5

@@ -155,7 +155,7 @@ def test_the_molecules_of_the_package_are_whole_and_broad() -> None:
     for items in found.values():
         numbers = np.concatenate([s.atoms.numbers for s in items])
         assert {1, 6, 7, 8, 9, 16, 17, 35, 53} <= set(numbers)
-        assert len({s.atoms.get_chemical_formula() for s in items}) > 0.8 * len(items)
+        assert len({s.atoms.get_chemical_formula() for s in items}) > 0.5 * len(items)
         for item in items:
             assert item.forces is not None
             assert item.forces.shape == item.atoms.positions.shape

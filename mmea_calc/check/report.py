@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config import CheckConfig, to_dict
+from ..files import json_ready
 from .dynamics import ConstantEnergy, Ramp
 from .forgetting import Forgetting, OtherMolecules
 from .scans import Scan
@@ -116,7 +117,7 @@ class CheckReport:
     def to_dict(self, *, curves: bool = True) -> dict[str, Any]:
         """As plain, JSON-ready values; what the plots are drawn from is left out without `curves`."""
         models = [m for m in (self.subject, self.bare) if m is not None]
-        return {
+        result = {
             "passed": self.passed,
             "failures": list(self.failures),
             "remarks": list(self.remarks),
@@ -126,6 +127,8 @@ class CheckReport:
             "settings": to_dict(self.config),
             "seconds": self.seconds,
         }
+        ready: dict[str, Any] = json_ready(result)
+        return ready
 
 
 # Stability ----------------------------------------------------------------------------------------------------------
