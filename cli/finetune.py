@@ -29,6 +29,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "energy_key": str,
     "forces_key": str,
     "stress_key": str,
+    "level_of_theory": str,
     "resume": bool,
     "check_md": bool,
 }
@@ -63,6 +64,10 @@ def finetune(
     ] = None,
     forces_key: Annotated[str | None, typer.Option(help="Name of the forces.", rich_help_panel=DATA)] = None,
     stress_key: Annotated[str | None, typer.Option(help="Name of the stresses.", rich_help_panel=DATA)] = None,
+    level_of_theory: Annotated[
+        str | None,
+        typer.Option(help="Of the labels, such as PBE/def2-SVP; kept in the file.", rich_help_panel=DATA),
+    ] = None,
     E0s: Annotated[
         str | None,
         typer.Option(
@@ -165,6 +170,7 @@ def _run(train_files: list[Path], settings: Settings) -> None:
             adapter=settings.adapter,
             training=training,
             E0s=options["E0s"],
+            level_of_theory=options["level_of_theory"],
             report=report,
             resume=bool(options["resume"]),
             progress=display,

@@ -83,7 +83,8 @@ def main() -> None:
     began = time.perf_counter()
     (ROOT / DEMO).mkdir(exist_ok=True)
     train = (DATA / "train.xyz", DATA / "isolated_atoms.xyz")
-    mmea("finetune", *train, "--valid", DATA / "valid.xyz", "-o", ADAPTER)
+    valid, level = DATA / "valid.xyz", "PBE/def2-SVP"
+    mmea("finetune", *train, "--valid", valid, "--level-of-theory", level, "-o", ADAPTER)
     mmea("evaluate", ADAPTER, DATA / "test.xyz", "--plot", DEMO / "parity.png")
     mmea("info", ADAPTER)
     run_dynamics()

@@ -82,6 +82,7 @@ def finetune(
     adapter: AdapterConfig | None = None,
     training: TrainConfig | None = None,
     E0s: str | Mapping[Any, float] | Path | None = None,
+    level_of_theory: str | None = None,
     report: PreflightReport | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
@@ -99,6 +100,7 @@ def finetune(
         adapter: what is attached.
         training: how it is trained.
         E0s: see `resolve_reference_energies`.
+        level_of_theory: of the labels, kept in the file; later checks compare like with like by it.
         report: of `preflight` on these data, where it has been made already.
         run_dir: run folder; the output's name with `.run` if not given.
         resume: go on from the run folder's checkpoint.
@@ -127,6 +129,7 @@ def finetune(
     potential.reference_energies = energies.energies
     handle = potential.adapter = attach(backbone.network, adapter)
     run = _Run(output, run_dir, potential, handle, training, samples, (train, valid, test), energies, report)
+    run.level_of_theory = level_of_theory
     try:
         return run.go(resume, progress)
     finally:
@@ -182,6 +185,7 @@ class _Run:
         self.potential, self.handle, self.training, self.samples = potential, handle, training, samples
         self.train, self.valid, self.test = data
         self.energies, self.report = energies, report
+        self.level_of_theory: str | None = None
 
     def go(self, resume: bool, progress: Progress) -> FinetuneResult:
         checkpoint = self.run_dir / "checkpoint.pt"
@@ -255,6 +259,7 @@ class _Run:
             elements=self.train.elements,
             reference_energies=used,
             reference_energies_method=self.energies.method,
+            level_of_theory=self.level_of_theory,
             data={
                 "train": {"name": self.train.name, "structures": len(self.train), "sha256": self.train.hash},
                 "valid": {"name": self.valid.name, "structures": len(self.valid), "sha256": self.valid.hash},

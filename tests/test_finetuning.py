@@ -284,7 +284,15 @@ def test_stress_is_learnt_where_it_is_labelled_and_weighted(tmp_path: Path) -> N
 
 def test_the_run_folder_tells_what_the_run_was(tmp_path: Path) -> None:
     data = dataset(tmp_path)
-    finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    finetune(
+        data,
+        tmp_path / "a.adapter",
+        backbone=tiny_backbone(),
+        adapter=SMALL,
+        training=QUICK,
+        level_of_theory="PBE/def2-SVP",
+    )
+    assert read_adapter(tmp_path / "a.adapter").level_of_theory == "PBE/def2-SVP"
     run = tmp_path / "a.run"
     config = json.loads((run / "config.json").read_text())
     assert config["adapter"]["gate_rank"] == 4
