@@ -97,11 +97,6 @@ def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
     return Adapter(network, config, gates, {s.path: s for s in sites}, updates, skipped)
 
 
-def is_adapted(network: nn.Module) -> bool:
-    """Whether an adapter is on `network`, switched on or off, held by anybody or not."""
-    return attached(network) is not None
-
-
 def attached(network: nn.Module) -> Adapter | None:
     """The adapter that is on `network` at present."""
     return network.__dict__.get(_HANDLE)
@@ -463,4 +458,4 @@ def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
         raise AdapterError(f"these lower ends of a gate's range lie above the upper ones: {some(bad)}")
 
 
-__all__ = ["METHODS", "Adapter", "TrainableTensor", "attach", "attached", "is_adapted"]
+__all__ = ["METHODS", "Adapter", "TrainableTensor", "attach", "attached"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import BackboneError
+from .files import replacing
 from .mace_bridge import build_network, config_of, mace_modules, quiet
 from .mace_networks import resize_contractions
 
@@ -247,17 +247,14 @@ def write_safetensors(path: Path, config: dict[str, Any], tensors: Mapping[str, 
         "fingerprint": identity,
         "config": json.dumps(config, sort_keys=True, allow_nan=False),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(save(dict(tensors), metadata=metadata))  # save_file makes it private to the owner
-        again = read_safetensors(temporary)
-        if fingerprint(again.config, {name: again.tensors[name] for name in names}) != identity:
-            raise BackboneError(f"{path} did not read back as it was written; nothing was put there")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(dict(tensors), metadata=metadata))  # save_file makes it private to the owner
+            again = read_safetensors(temporary)
+            if fingerprint(again.config, {name: again.tensors[name] for name in names}) != identity:
+                raise BackboneError(f"{path} did not read back as it was written; nothing was put there")
     except (OSError, SafetensorError) as problem:
         raise BackboneError(f"cannot write {path} ({problem})") from problem
-    finally:
-        temporary.unlink(missing_ok=True)
     return identity
 
 

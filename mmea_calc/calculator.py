@@ -25,7 +25,7 @@ from ase.data import chemical_symbols
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from .adapted import attached, is_adapted
+from .adapted import attached
 from .adapter_file import AdapterFile, read_adapter
 from .backbone import EMBEDDED, Backbone, load_backbone
 from .committee import COMMITTEE_PROPERTIES, combine
@@ -237,8 +237,7 @@ class MMEACalculator(Calculator):
         self.atoms, self.results = structure.copy(), results
 
     def _check_alone(self) -> None:
-        own, network = self.potential.adapter, self.backbone.network
-        if attached(network) is not own or (own is None and is_adapted(network)):
+        if attached(self.backbone.network) is not self.potential.adapter:
             raise AdapterError("something else has put an adapter on this calculator's backbone: load one of its own")
 
     def _why_no_stress(self, atoms: Atoms) -> str | None:

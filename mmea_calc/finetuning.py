@@ -128,8 +128,9 @@ def finetune(
     energies = _reference_energies(E0s, train, samples[0], potential)
     potential.reference_energies = energies.energies
     handle = potential.adapter = attach(backbone.network, adapter)
-    run = _Run(output, run_dir, potential, handle, training, samples, (train, valid, test), energies, report)
-    run.level_of_theory = level_of_theory
+    run = _Run(
+        output, run_dir, potential, handle, training, samples, (train, valid, test), energies, report, level_of_theory
+    )
     try:
         return run.go(resume, progress)
     finally:
@@ -180,12 +181,12 @@ class _Run:
         data: tuple[Dataset, Dataset, Dataset | None],
         energies: ReferenceEnergies,
         report: PreflightReport,
+        level_of_theory: str | None,
     ) -> None:
         self.output, self.run_dir = output, run_dir
         self.potential, self.handle, self.training, self.samples = potential, handle, training, samples
         self.train, self.valid, self.test = data
-        self.energies, self.report = energies, report
-        self.level_of_theory: str | None = None
+        self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
     def go(self, resume: bool, progress: Progress) -> FinetuneResult:
         checkpoint = self.run_dir / "checkpoint.pt"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmea_calc import plots
+from mmea_calc import files, plots
 from mmea_calc.errors import MMEAError
 
 ROWS = [
@@ -125,7 +125,7 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(plots.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         plots.parity([series("a", 0.2)], tmp_path / "p.png")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import DynamicsError
+from ..files import replacing
 from .state import State
 
 FORMAT = "mmea md checkpoint"
@@ -82,14 +83,11 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file under a temporary name, wait for the disk, rename. Raises DynamicsError."""
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
         reason = problem.strerror or str(problem)
         raise DynamicsError(f"{path} cannot be written: {reason}; the file as it was before is kept") from problem

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TrajectoryError
+from ..files import replacing
 from .trajectory import OBSERVABLES, Member
 
 _CHUNK_BYTES = 1 << 18
@@ -326,13 +327,12 @@ def _write_views(folder: Path, members: Sequence[Member]) -> None:
     views.mkdir(exist_ok=True)
     for member in members:
         path = views / f"{member.name}.h5md"
-        with h5py.File(temporary := path.with_name(f".{path.name}.part"), "w") as file:
+        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
             for name in ("h5md", "parameters"):
                 file[name] = h5py.ExternalLink("../trajectory.h5", f"/{name}")
             file.create_group("particles")["trajectory"] = h5py.ExternalLink(
                 "../trajectory.h5", f"/particles/{member.name}"
             )
-        os.replace(temporary, path)
 
 
 def _copy(source: Path, destination: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from ..errors import DataError, MMEAError
+from ..files import replacing, write_text
 from .dataset import read_arrays, read_e0
 
 # CODATA 2018, eV and A; the shipped reference energies were made with them
@@ -72,7 +73,7 @@ def label_atoms(out: Path) -> Path:
     """
     e0 = {z: _mean_field([z], np.zeros((1, 3)), unpaired=s, grid=4).kernel() * HARTREE for z, s in UNPAIRED.items()}
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(out / "e0.json", json.dumps({str(z): float(e) for z, e in e0.items()}, indent=1) + "\n")
+    write_text(out / "e0.json", json.dumps({str(z): float(e) for z, e in e0.items()}, indent=1) + "\n")
     return out / "e0.json"
 
 
@@ -143,10 +144,8 @@ def label(
         if result is None:
             progress(f"{index}: left out (not converged)")
             continue
-        part = file.with_name(f".{file.name}.part")
-        with part.open("wb") as stream:
+        with replacing(file) as part, part.open("wb") as stream:
             np.savez(stream, index=index, numbers=numbers, positions=positions, energy=result[0], forces=result[1])
-        part.replace(file)
         done += 1
         progress(f"{index}: {len(numbers)} atoms, {time.monotonic() - start:.0f} s")
     return done
@@ -174,8 +173,7 @@ def pack(raw: Path, *, out: Path, e0: Path | None = None, valid_fraction: float 
         raise DataError(f"{raw} gives no structures for {' and '.join(empty)}; label more, or change valid_fraction")
     out.mkdir(parents=True, exist_ok=True)
     for name, members in sets.items():
-        part = out / f".{name}.npz.part"
-        with part.open("wb") as stream:
+        with replacing(out / f"{name}.npz") as part, part.open("wb") as stream:
             np.savez_compressed(
                 stream,
                 numbers=np.concatenate([s["numbers"] for s in members]).astype(np.uint8),
@@ -185,13 +183,6 @@ def pack(raw: Path, *, out: Path, e0: Path | None = None, valid_fraction: float 
                 energy=np.array([float(s["energy"]) for s in members]),
                 index=np.array([int(s["index"]) for s in members]),
             )
-        part.replace(out / f"{name}.npz")
-    _write_text(out / "e0.json", json.dumps({str(z): e for z, e in energies.items()}, indent=1) + "\n")
-    _write_text(out / "level.txt", LEVEL_OF_THEORY + "\n")
+    write_text(out / "e0.json", json.dumps({str(z): e for z, e in energies.items()}, indent=1) + "\n")
+    write_text(out / "level.txt", LEVEL_OF_THEORY + "\n")
     return {name: len(members) for name, members in sets.items()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

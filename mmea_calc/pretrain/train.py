@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from ..backbone import load_backbone, save_backbone
 from ..contraction import use_table_contraction
 from ..errors import DataError, TrainingError
+from ..files import replacing, write_text
 from ..mace_bridge import build_network, is_untrained
 from ..mace_networks import repeat_to_the_bit
 from .dataset import PackedSet, Sample, read_e0
@@ -115,9 +115,7 @@ def pretrain(
     run.config["training"] = {"structures_seen": run.step * settings.batch_size, **asdict(settings), **metrics}
     path = out / f"{name}.safetensors"
     save_backbone(path, run.config, run.averages)
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(run.config, indent=1) + "\n", encoding="utf-8")
-    part.replace(path.with_suffix(".json"))
+    write_text(path.with_suffix(".json"), json.dumps(run.config, indent=1) + "\n")
     return path
 
 
@@ -334,9 +332,5 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         torch.save(state, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
