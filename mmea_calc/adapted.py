@@ -6,9 +6,9 @@
         network(batch)                # the backbone, bit for bit
     adapter.detach()
 
-Gates are forward hooks on the network's own `o3.Linear` layers; weight updates are parametrizations
-(`torch.nn.utils.parametrize`). Both live inside the given network and nowhere else, move with it (`.to`), and
-leave nothing behind when detached.
+Gates are forward hooks on the network's own `o3.Linear` layers, and so is the fade of radial functions at short
+distances; weight updates are parametrizations (`torch.nn.utils.parametrize`). All live inside the given network and
+nowhere else, move with it (`.to`), and leave nothing behind when detached.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._e3nn import o3
+from ._e3nn import FullyConnectedNet, o3
 from .config import AdapterConfig
 from .errors import AdapterError
 from .gates import MagnitudeGate, reason_not_gatable
+from .mace_bridge import is_radial_embedding
 from .methods import METHODS, Method, Site, find_sites, method_named
+from .short_range import ShortRange
 from .updates import Update
 
+_SHORT_RANGE = "short_range"  # name of the submodule that an adapted radial embedding carries
+_SHORTEST = "ranges.radial_embedding.shortest"  # name of its distances in a state_dict
 _GATE = "magnitude_gate"  # name of the submodule that a gated linear layer carries
 _HANDLE = "_mmea_adapter"  # attribute of an adapted network: its handle, which so lives as long as the network
 
@@ -160,6 +164,9 @@ class Adapter:
         config: the settings it was made with.
         gates: module path -> gate.
         updates: tensor path -> weight update.
+        short_range: the fade of updated radial functions below the distances of the training data; None where nothing
+            radial is updated, there are no gates (so that all of the adapter can be folded), the network is not one
+            of mace's, or `config.saturate` is off.
         skipped: linear layers that carry no gate, with the reason.
     """
 
@@ -188,6 +195,8 @@ class Adapter:
             linear.add_module(_GATE, gate)
             self._hooks.append(linear.register_forward_hook(_apply_gate))
         self._parametrize()
+        self._embeddings = [m for m in network.modules() if is_radial_embedding(m)]
+        self.short_range = self._fade() if config.saturate and gates else None
         network.__dict__[_HANDLE] = self
 
     # -- what trains ---------------------------------------------------------------------------------------------
@@ -239,17 +248,13 @@ class Adapter:
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._require_attached()
-        if self._merged:
-            for path, tensor in (self._merged if value else self._originals).items():
-                _put(self._sites[path], tensor)
         self._switch(value)
 
     def _switch(self, value: bool) -> None:
         self._enabled = value
-        for update in self.updates.values():
-            update.active = value
-        for gate in self.gates.values():
-            gate.active = value
+        self._set_updates(self.updates, value)
+        for part in self._ranged():
+            part.active = value
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -272,6 +277,9 @@ class Adapter:
             hook.remove()
         for name in self.gates:
             delattr(self.network.get_submodule(name), _GATE)
+        if self.short_range is not None:
+            self.short_range.remove()
+            delattr(self._embeddings[0], _SHORT_RANGE)
         for parameter, requires_grad in self._frozen_before.values():
             parameter.requires_grad_(requires_grad)
         del self.network.__dict__[_HANDLE]
@@ -327,12 +335,14 @@ class Adapter:
     # -- values --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that makes this adapter: trained tensors and, once recorded, every gate's range (copies)."""
+        """All that makes this adapter: trained tensors and, once recorded, the ranges seen in training (copies)."""
         state = {name: p.detach().clone() for name, p in self.named_parameters()}
         for name, gate in self.gates.items():
             if gate.calibrated:
                 state[f"ranges.{name}.low"] = gate.z_low.clone()
                 state[f"ranges.{name}.high"] = gate.z_high.clone()
+        if self.short_range is not None and self.short_range.calibrated:
+            state[_SHORTEST] = self.short_range.shortest.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -348,6 +358,9 @@ class Adapter:
             # a layer that was never called while ranges were recorded has none
             if low in state or high in state:
                 expected |= {low: gate.z_low, high: gate.z_high}
+        fade = self.short_range
+        if fade is not None and _SHORTEST in state:
+            expected[_SHORTEST] = fade.shortest
         _check_state(expected, state)
         with torch.no_grad():
             for name, parameter in own.items():
@@ -361,31 +374,66 @@ class Adapter:
                 state.get(f"ranges.{name}.low", -infinite).to(gate.z_low),
                 state.get(f"ranges.{name}.high", infinite).to(gate.z_high),
             )
+        if fade is not None:
+            fade.set_shortest(state.get(_SHORTEST, torch.zeros_like(fade.shortest)))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Run the training set through the network within this context: every gate keeps the range it sees.
+        """Run the training set through the network within this context: gates and the fade keep what they see.
 
         An exception within it leaves the ranges as they were before.
         """
-        before = [(gate, gate.z_low.clone(), gate.z_high.clone()) for gate in self.gates.values()]
-        for gate in self.gates.values():
-            gate.start_recording()
+        before = self.state_dict()
+        for part in self._ranged():
+            part.start_recording()
         try:
             yield
         except BaseException:
-            for gate, low, high in before:
-                gate.stop_recording()
-                gate.set_range(low, high)
+            for part in self._ranged():
+                part.stop_recording()
+            self.load_state_dict(before)
             raise
-        for gate in self.gates.values():
-            gate.stop_recording()
+        for part in self._ranged():
+            part.stop_recording()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _require_attached(self) -> None:
         if not self._attached:
             raise AdapterError("this adapter has been detached from its network: attach a new one")
+
+    def _ranged(self) -> list[MagnitudeGate | ShortRange]:
+        """The parts that know a range."""
+        return [*self.gates.values(), *([] if self.short_range is None else [self.short_range])]
+
+    def _fade(self) -> ShortRange | None:
+        radial = [path for path, site in self._sites.items() if site.kind in ("radial_layer", "radial_basis")]
+        if not radial or len(self._embeddings) != 1:
+            return None
+
+        @contextmanager
+        def bare() -> Iterator[None]:
+            self._set_updates(radial, False)
+            try:
+                yield
+            finally:
+                self._set_updates(radial, True)
+
+        fade = ShortRange(
+            self._embeddings[0],
+            [m for m in self.network.modules() if isinstance(m, FullyConnectedNet)],
+            n_elements=len(self.network.get_buffer("atomic_numbers")),
+            like=self._sites[radial[0]].value,
+            bare=bare,
+        )
+        self._embeddings[0].add_module(_SHORT_RANGE, fade)
+        return fade
+
+    def _set_updates(self, paths: Iterable[str], value: bool) -> None:
+        for path in paths:
+            if self._merged:
+                _put(self._sites[path], (self._merged if value else self._originals)[path])
+            self.updates[path].active = value
 
     def _parametrize(self) -> None:
         for path, site in self._sites.items():
@@ -419,8 +467,8 @@ def _apply_gate(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
 def _put(site: Site, tensor: Tensor) -> None:
     """Make `tensor` the site's parameter or buffer, in its old place."""
     where: Any = site.module._parameters if site.tensor in site.module._parameters else site.module._buffers
-    # What was put aside did not move with the network (`.to`).
-    tensor.data = tensor.data.to(where[site.tensor])
+    if (here := where[site.tensor]).dtype != tensor.dtype or here.device != tensor.device:
+        tensor.data = tensor.data.to(here)  # what was put aside did not move with the network (`.to`)
     where[site.tensor] = tensor
 
 
@@ -453,6 +501,8 @@ def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
             raise AdapterError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
     if bad := sorted(n for n in expected if not torch.isfinite(state[n]).all()):
         raise AdapterError(f"these tensors hold values that are not finite: {some(bad)}")
+    if _SHORTEST in expected and not (state[_SHORTEST] > 0).all():
+        raise AdapterError(f"{_SHORTEST} must hold positive distances")
     lows = [n for n in expected if n.startswith("ranges.") and n.endswith(".low")]
     if bad := sorted(n for n in lows if (state[n] > state[n.removesuffix("low") + "high"]).any()):
         raise AdapterError(f"these lower ends of a gate's range lie above the upper ones: {some(bad)}")

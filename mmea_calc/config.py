@@ -27,7 +27,8 @@ class AdapterConfig:
         alpha: scale of the low-rank updates, W + (alpha / r) A B.
         phi: gain of orders l >= 1: "exp" is exp(g), "residual" is 1 + g.
         init_std: standard deviation of W_0 at the start; 0 makes the adapted network equal its backbone exactly.
-        saturate: level gates off outside the range seen in training; False is the published, unbounded gate.
+        saturate: outside the range seen in training, level gates off and fade radial functions back to the backbone's;
+            False is the published adapter, which knows no range.
         targets: shell-style patterns of module names to adapt; None adapts all that the method knows.
         seed: seed of the initial values.
     """

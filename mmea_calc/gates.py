@@ -38,8 +38,8 @@ Phi = Literal["exp", "residual"]
 # How far beyond its range z may go, in widths of the range. Largest forces on two atoms at 0.3 A and beyond, over those
 # of the bare embedded backbone, worst of eight random draws (gate weights of spread 0.03 / 0.05): 9 / 620 at 0.25,
 # 8 / 310 at 0.1, 20 / 11000 at 1, and no bound without saturation. The gains of many layers multiply, so the margin
-# alone does not keep very strong gates near the backbone. Two adapters trained on aspirin stayed within 1.5; a third
-# reached 38 for C-O below 0.4 A, not through its gates (2.2) but through its radial updates, which nothing bounds.
+# alone does not keep very strong gates near the backbone. Adapters trained on aspirin stayed within 3 (short_range.py
+# does its part there).
 MARGIN = 0.25
 
 # A bottleneck unit that never moved in training would otherwise have a range of width zero.

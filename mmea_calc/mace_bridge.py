@@ -328,6 +328,11 @@ def is_bessel(module: object) -> bool:
     return _is_instance(module, "mace.modules.radial", "BesselBasis")
 
 
+def is_radial_embedding(module: object) -> bool:
+    """Whether this turns lengths of edges into features: (lengths, node_attrs, edge_index, atomic_numbers)."""
+    return _is_instance(module, "mace.modules.blocks", "RadialEmbeddingBlock")
+
+
 def symmetric_contractions(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every symmetric contraction (arXiv 2206.07697, eqs. 10 and 11) of a network.
 
