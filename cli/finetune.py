@@ -94,7 +94,7 @@ def finetune(
         bool | None,
         typer.Option(
             "--saturate/--no-saturate",
-            help="Level gates off outside the range seen in training.",
+            help="Outside the range seen in training: level gates off, fade radial functions back.",
             rich_help_panel=MODEL,
         ),
     ] = None,

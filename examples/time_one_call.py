@@ -21,7 +21,7 @@ from ase.io import read
 
 from mmea_calc import MMEACalculator, load_backbone
 from mmea_calc.config import Precision
-from mmea_calc.contraction import remove_table_contraction
+from mmea_calc.fast_path import remove_fast_path
 from mmea_calc.mace_bridge import mace_calculators, quiet
 
 START = Path(__file__).parent / "data" / "aspirin" / "start.xyz"
@@ -30,9 +30,9 @@ START = Path(__file__).parent / "data" / "aspirin" / "start.xyz"
 def mace_calculator(backbone: str, dtype: Precision) -> Calculator:
     """mace-torch's own calculator and contraction."""
     network = load_backbone(backbone, dtype=dtype).network
-    remove_table_contraction(network)
-    network = copy.deepcopy(network)  # e3nn's code in a copy is TorchScript, as in a network that mace-torch loads
+    remove_fast_path(network)
     with quiet():
+        network = copy.deepcopy(network)  # e3nn's code in a copy is TorchScript, as in a network that mace-torch loads
         return mace_calculators().MACECalculator(models=[network], device="cpu", default_dtype=dtype)
 
 

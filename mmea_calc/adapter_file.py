@@ -1,8 +1,8 @@
 """The `.adapter` file: safetensors, with everything about the adapter in its header.
 
-Tensors: the trained values (`gates.*`, `updates.*`) in float32 or float64, and what they saw in
-training (`ranges.*`): the range of every gate, the shortest distance of every pair of elements. Header: one JSON document under the key `mmea` of the safetensors metadata; its fields are those of
-`AdapterFile`. Nothing in the file is executed when it is read.
+Tensors: the trained values (`gates.*`, `updates.*`) in float32 or float64, and what was seen in training (`ranges.*`):
+the range of every gate, the shortest distance of every pair of elements. Header: one JSON document under the key `mmea`
+of the safetensors metadata; its fields are those of `AdapterFile`. Nothing in the file is executed when it is read.
 
 A format that changes gets a new `FORMAT_VERSION` and one small function in `_UPGRADES` that lifts the header of the
 version before.

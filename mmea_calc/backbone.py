@@ -336,8 +336,8 @@ def _describe(
 
 
 def _finish(backbone: Backbone, device: str, dtype: Precision) -> Backbone:
-    """Freeze, zero the E0 buffer, install the fast contraction, move."""
-    from .contraction import use_table_contraction
+    """Freeze, zero the E0 buffer, take the fast path, move."""
+    from .fast_path import use_fast_path
 
     network = backbone.network
     network.requires_grad_(False)
@@ -347,7 +347,7 @@ def _finish(backbone: Backbone, device: str, dtype: Precision) -> Backbone:
     # At -17,600 eV float32 is 2 meV coarse: E0 are added in float64, outside of the network.
     e0: Any = network.atomic_energies_fn
     e0.atomic_energies.zero_()
-    use_table_contraction(network)
+    use_fast_path(network)
     return backbone.to(device, dtype)
 
 

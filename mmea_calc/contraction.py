@@ -5,13 +5,14 @@ Stock (MACE, arXiv 2206.07697, eqs. 10-11), for one output component w and one c
     B_w = sum_xvi U3[w,x,v,i,k] W3[e,k,c] A_x A_v A_i
         + sum_xv U2[w,x,v,k] W2[e,k,c] A_x A_v + sum_x U1[w,x,k] W1[e,k,c] A_x
 
-The bracket of U and W knows nothing of the atom. With m = (A_x A_v for all x, v; A_x for all x; 1), the monomials
-of degree below the correlation order, it is one matrix per element and channel,
+The products of U and W know nothing of the atom. With m = (A_x A_v for all x, v; A_x for all x; 1), the monomials of
+degree below the correlation order, they are one matrix per element, channel and degree,
 
     B_w = sum_i A_i sum_q m_q T[e,c,q,(w,i)],
 
-so a call is one batched matrix product per element present. It is exact, and differentiable any number of times.
-While the weights W are frozen the tables are constants and kept; while they train they are made anew in each call.
+so a call is one batched matrix product per degree and element present. It is exact, and differentiable any number of
+times. While the weights W are frozen the tables are constants and kept; while they train they are made anew in each
+call.
 """
 
 from __future__ import annotations
@@ -57,25 +58,31 @@ class TableContraction:
         self.correlations: list[int] = [int(c.correlation) for c in self.contractions]
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
         self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, list[Tensor]] = {}
         self._kept_for: tuple[object, ...] = ()
-        self._grouped: tuple[Tensor, int, dict[int, Tensor], Tensor] | None = None
+        self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As mace's: x (n_atoms, channels, n), one-hot y (n_atoms, n_elements) -> (n_atoms, channels * sum(2l+1))."""
-        a = x.transpose(0, 1)  # (c, atoms, n)
-        monomials = self._monomials(a)
-        rows, back = self._atoms_of_elements(y)
-        if not rows:  # no atoms
+        order, counts, back = self._atoms_by_element(y)
+        if not counts:  # no atoms
             return x.new_zeros(0, x.shape[1] * sum(self.widths))
-        tables = self._tables(list(rows))
-        parts = [torch.bmm(monomials[:, where], tables[e]) for e, where in rows.items()]
-        out = torch.cat(parts, dim=1)[:, back]  # (c, atoms, w * n)
-        out = (out.unflatten(-1, (-1, self.n)) * a.unsqueeze(2)).sum(-1).transpose(0, 1)  # (atoms, c, w)
+        tables = self._tables(list(counts))
+        sorted_x = x.index_select(0, order).transpose(0, 1)  # (c, atoms, n)
+        parts = []
+        for e, a in zip(counts, sorted_x.split(list(counts.values()), dim=1), strict=True):
+            *of_degree, constant = tables[e]
+            out, monomials = constant, None
+            for table in reversed(of_degree):  # of the lowest degree first
+                monomials = a if monomials is None else (monomials.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+                out = torch.baddbmm(out, monomials, table)  # (c, atoms of e, w * n)
+            parts.append((out.unflatten(-1, (-1, self.n)) * a.unsqueeze(2)).sum(-1))
+        out = torch.cat(parts, dim=1).transpose(0, 1)  # (atoms, c, w)
+        out = out.index_select(0, back)
         return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
 
-    def _atoms_of_elements(self, y: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-        """Atoms of every element present, and where each atom lies in their concatenation.
+    def _atoms_by_element(self, y: Tensor) -> tuple[Tensor, dict[int, int], Tensor]:
+        """Atoms sorted by element, the number of each element present, and where each atom lies in that order.
 
         Kept for the one-hot tensor seen last: in dynamics it is the same one at every step.
         """
@@ -84,22 +91,15 @@ class TableContraction:
         if self._grouped is None or self._grouped[0] is not y or self._grouped[1] != version or version < 0:
             element = y.argmax(dim=1)
             order = element.argsort(stable=True)
-            counts = torch.bincount(element, minlength=y.shape[1]).tolist()
-            rows = {e: where for e, where in enumerate(order.split(counts)) if len(where)}
+            found = torch.bincount(element, minlength=y.shape[1]).tolist()
+            counts = {e: count for e, count in enumerate(found) if count}
             back = torch.empty_like(order)
             back[order] = torch.arange(len(order), device=order.device)
-            self._grouped = (y, version, rows, back)
-        return self._grouped[2], self._grouped[3]
+            self._grouped = (y, version, order, counts, back)
+        return self._grouped[2:]
 
-    def _monomials(self, a: Tensor) -> Tensor:
-        """All products of fewer than `correlation` components, highest degree first: (c, atoms, q)."""
-        parts = [torch.ones_like(a[..., :1])]
-        for _ in range(max(self.correlations) - 1):
-            parts.insert(0, (parts[0].unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2))
-        return torch.cat(parts, dim=-1)
-
-    def _tables(self, elements: list[int]) -> dict[int, Tensor]:
-        """Element -> T of shape (c, q, w * n)."""
+    def _tables(self, elements: list[int]) -> dict[int, list[Tensor]]:
+        """Element -> T for the monomials of each degree, the highest one first: (c, n**degree, w * n)."""
         weights = [w for c in self.contractions for w in _weights(c)]
         couplings = [c.U_tensors(k) for c in self.contractions for k in (1, c.correlation)]
         # Tensors of inference mode have no version, and tables made there could not enter a later gradient.
@@ -119,21 +119,20 @@ class TableContraction:
                     self._kept[e] = self._table(e)
         return self._kept
 
-    def _table(self, element: int) -> Tensor:
+    def _table(self, element: int) -> list[Tensor]:
         highest = max(self.correlations)
-        columns = []
+        degrees: list[list[Tensor]] = [[] for _ in range(highest)]
         for contraction, width in zip(self.contractions, self.widths, strict=True):
             weights = dict(zip(range(contraction.correlation, 0, -1), _weights(contraction), strict=True))
-            degrees = []
-            for k in range(highest, 0, -1):  # U_k has k input components: k - 1 in the monomial, the last one apart
+            # U_k has k input components: k - 1 in the monomial, the last one apart
+            for k, found in zip(range(highest, 0, -1), degrees, strict=True):
                 if k > contraction.correlation:
-                    degrees.append(weights[1].new_zeros(weights[1].shape[-1], self.n ** (k - 1), width, self.n))
+                    found.append(weights[1].new_zeros(weights[1].shape[-1], self.n ** (k - 1), width, self.n))
                     continue
                 u = contraction.U_tensors(k)
                 u = u.reshape(width, self.n ** (k - 1), self.n, u.shape[-1])
-                degrees.append(torch.einsum("wqik,kc->cqwi", u, weights[k][element]))
-            columns.append(torch.cat(degrees, dim=1))
-        return torch.cat(columns, dim=2).flatten(2)  # (c, q, w * n)
+                found.append(torch.einsum("wqik,kc->cqwi", u, weights[k][element]))
+        return [torch.cat(found, dim=2).flatten(2) for found in degrees]
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: without the tables, which are made again."""

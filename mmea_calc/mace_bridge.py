@@ -342,6 +342,12 @@ def symmetric_contractions(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in network.named_modules() if _is_instance(module, where, name)]
 
 
+def interaction_blocks(network: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of every interaction block: `conv_tp` makes messages from features, harmonics and weights."""
+    where, name = "mace.modules.blocks", "InteractionBlock"
+    return [(path, module) for path, module in network.named_modules() if _is_instance(module, where, name)]
+
+
 def is_untrained(parameter: object) -> bool:
     """Whether mace keeps this parameter at zero for ever: its coupling tensor vanishes by symmetry."""
     return _is_instance(parameter, "mace.modules.symmetric_contraction", "EmptyParam")

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import random_network
 from mmea_calc.adapted import attached
-from mmea_calc.contraction import remove_table_contraction
+from mmea_calc.fast_path import remove_fast_path
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "agnostic": {},
@@ -62,5 +62,5 @@ def borrowed(name: str) -> Iterator[nn.Module]:
     finally:
         if adapter := attached(network):
             adapter.detach()
-        remove_table_contraction(network)
+        remove_fast_path(network)
         network.double().load_state_dict(state)

@@ -30,8 +30,8 @@ from mmea_calc.adapter_file import AdapterFile, read_adapter, write_adapter
 from mmea_calc.backbone import Backbone, load_backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig
-from mmea_calc.contraction import use_table_contraction
 from mmea_calc.errors import AdapterError, AdapterFileError, BackboneError, DataError, MMEAError
+from mmea_calc.fast_path import use_fast_path
 from mmea_calc.mace_bridge import build_network, mace_calculators
 from mmea_calc.potential import Potential
 
@@ -63,7 +63,7 @@ def _networks_return(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def small_backbone(device: str = "cpu") -> Backbone:
     """A random network with reference energies, as `load_backbone` would give it; each one its own."""
     network = FREE.pop() if FREE else random_network()
-    use_table_contraction(network)
+    use_fast_path(network)
     TAKEN.append(network)
     backbone = Backbone(
         name="small",

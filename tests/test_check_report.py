@@ -23,9 +23,9 @@ from mmea_calc.check.forgetting import forgetting, other_molecules, same_level
 from mmea_calc.check.plots import page
 from mmea_calc.check.scans import Hole, Scan
 from mmea_calc.config import AdapterConfig, CheckConfig
-from mmea_calc.contraction import use_table_contraction
 from mmea_calc.dataset import Dataset, Labelled
 from mmea_calc.errors import DataError, DynamicsError
+from mmea_calc.fast_path import use_fast_path
 from mmea_calc.potential import Potential
 
 ADAPTER = AdapterConfig(gate_rank=2, low_rank=2)
@@ -38,7 +38,7 @@ SHORT = CheckConfig(
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     network = random_network()
-    use_table_contraction(network)
+    use_fast_path(network)
     return Backbone(
         "small", "tests", network, network_config(), "f" * 64, ELEMENTS, 4.0, ("Default",), "Default",
         dict.fromkeys(ELEMENTS, -1.0),

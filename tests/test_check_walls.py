@@ -17,7 +17,7 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.check import paths
 from mmea_calc.check.scans import Path, Scan, scan
 from mmea_calc.config import CheckConfig
-from mmea_calc.contraction import use_table_contraction
+from mmea_calc.fast_path import use_fast_path
 from mmea_calc.graph import Graph, build_graph
 from mmea_calc.potential import Potential
 
@@ -180,7 +180,7 @@ def test_a_crystal_is_not_pushed_into_another() -> None:
 
 def random_potential() -> Potential:
     network = random_network()
-    use_table_contraction(network)
+    use_fast_path(network)
     settings: dict[str, Any] = dict(heads=("Default",), head="Default", atomic_energies=dict.fromkeys(ELEMENTS, -1.0))
     return Potential(Backbone("small", "tests", network, network_config(), "f" * 64, ELEMENTS, 4.0, **settings))
 

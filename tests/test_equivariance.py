@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conftest import batch_of, crystal, ethanol, randomise, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.contraction import use_table_contraction
+from mmea_calc.fast_path import use_fast_path
 from mmea_calc.methods import METHODS
 
 RTOL = 1e-10
@@ -35,7 +35,7 @@ def prepare(network: nn.Module, method: str, phi: str) -> Adapter:
     for i, gate in enumerate(adapter.gates.values()):
         if i % 2:
             gate.set_range(torch.full_like(gate.z_low, -0.02), torch.full_like(gate.z_high, 0.03))
-    use_table_contraction(network)
+    use_fast_path(network)
     return adapter
 
 

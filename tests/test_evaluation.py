@@ -17,10 +17,10 @@ from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile
 from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig
-from mmea_calc.contraction import use_table_contraction
 from mmea_calc.dataset import Dataset, Labelled
 from mmea_calc.errors import DataError
 from mmea_calc.evaluation import Evaluation, evaluate
+from mmea_calc.fast_path import use_fast_path
 from mmea_calc.potential import Potential
 
 CONFIG = AdapterConfig(gate_rank=3, low_rank=2)
@@ -29,7 +29,7 @@ CONFIG = AdapterConfig(gate_rank=3, low_rank=2)
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     network = random_network()
-    use_table_contraction(network)
+    use_fast_path(network)
     return Backbone(
         "small", "tests", network, network_config(), "f" * 64, ELEMENTS, 4.0, ("Default",), "Default",
         dict.fromkeys(ELEMENTS, -1.0),

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import load_backbone, save_backbone
-from ..contraction import use_table_contraction
 from ..errors import DataError, TrainingError
+from ..fast_path import use_fast_path
 from ..files import replacing, write_text
 from ..mace_bridge import build_network, is_untrained
 from ..mace_networks import repeat_to_the_bit
@@ -142,7 +142,7 @@ class _Run:
                 torch.manual_seed(settings.seed)
                 self.network = build_network(self.config).to(self.device, torch.float32)
             repeat_to_the_bit(self.network)
-            use_table_contraction(self.network)
+            use_fast_path(self.network)
         else:
             backbone = load_backbone(start, device=str(self.device))
             if len(backbone.heads) > 1:
