@@ -32,6 +32,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "level_of_theory": str,
     "resume": bool,
     "check_md": bool,
+    "init": Path,
 }
 DATA, MODEL, TRAINING = "Data", "Backbone and adapter", "Training"
 
@@ -116,6 +117,10 @@ def finetune(
     dtype: Annotated[
         Literal["float32", "float64"] | None, typer.Option(help="Precision.", rich_help_panel=TRAINING)
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Adapter to start from, of the same backbone and form.", rich_help_panel=MODEL),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with option names as keys; flags go before it.", rich_help_panel=TRAINING),
@@ -168,6 +173,7 @@ def _run(train_files: list[Path], settings: Settings) -> None:
             test=test,
             backbone=backbone,
             adapter=settings.adapter,
+            init=options["init"],
             training=training,
             E0s=options["E0s"],
             level_of_theory=options["level_of_theory"],
@@ -270,7 +276,12 @@ def _conclude(result: FinetuneResult) -> None:
             errors[name].forces_mae_meV_per_A,
         )
         for name in result.zero_shot
-        for label, errors in (("backbone alone", result.zero_shot), ("fine-tuned", result.fine_tuned))
+        for label, errors in (
+            ("backbone alone", result.zero_shot),
+            ("adapter at the start", result.initial),
+            ("fine-tuned", result.fine_tuned),
+        )
+        if errors
     ]
     columns = ["MAE", "", "energy (meV)", "energy (meV/atom)", "forces (meV/Å)"]
     out().print(table(columns, rows))
@@ -281,6 +292,6 @@ def _conclude(result: FinetuneResult) -> None:
     )
     if not result.improved:
         raise TrainingError(
-            "the fine-tuned weights are no better on the validation set than the backbone alone: train longer, lower "
+            "the fine-tuned weights are no better on the validation set than before training: train longer, lower "
             "--lr, or look at the warnings on the data and the reference energies"
         )

@@ -37,10 +37,14 @@ def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mappin
         other_options: options of the command that are no field of either class, with their types.
 
     Raises:
-        typer.BadParameter: an unknown key, recipe, or a value of the wrong type in the file.
+        typer.BadParameter: an unknown key, recipe, or a value of the wrong type in the file; a form of the adapter
+            other than that of the one to start from.
+        AdapterFileError: the adapter to start from cannot be read.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     written = read_config(config, other_options) if config is not None else {}
+    if init := given.get("init", written.get("init")):
+        written = _form_of(Path(init), {**written, **given}) | written
     method = given.get("method", written.get("method", AdapterConfig.method))
     recipe = _recipe(given.get("recipe", written.get("recipe")), method)
     merged = {**recipe, **written, **given}
@@ -49,6 +53,21 @@ def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mappin
         training=TrainConfig(**_fields_of(TrainConfig, merged)),
         options={name: merged.get(name) for name in other_options},
     )
+
+
+def _form_of(init: Path, asked_for: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the adapter to start from, and its backbone; what was asked for must not differ."""
+    from mmea_calc.adapter_file import read_adapter
+
+    file = read_adapter(init)
+    form = {f.name: getattr(file.config, f.name) for f in fields(AdapterConfig) if f.name not in ("seed", "init_std")}
+    for name, value in form.items():
+        if name in asked_for and asked_for[name] != value:
+            raise typer.BadParameter(
+                f"{init} has {name.replace('_', '-')} {value!r}, not {asked_for[name]!r}: leave the option out",
+                param_hint="'--init'",
+            )
+    return {**form, "backbone": file.backbone, "head": file.head}
 
 
 def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:

@@ -377,6 +377,15 @@ class Adapter:
         if fade is not None:
             fade.set_shortest(state.get(_SHORTEST, torch.zeros_like(fade.shortest)))
 
+    def widen(self, state: Mapping[str, Tensor]) -> None:
+        """Let the ranges seen in training hold those of `state` too, which an earlier stage of this adapter saw."""
+        own = self.state_dict()
+        for name in own.keys() & state.keys():
+            if name.startswith("ranges."):
+                widest = torch.maximum if name.endswith(".high") else torch.minimum
+                own[name] = widest(own[name], state[name].to(own[name]))
+        self.load_state_dict(own)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Run the training set through the network within this context: gates and the fade keep what they see.

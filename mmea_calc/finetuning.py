@@ -1,6 +1,6 @@
 """`finetune`: from labelled structures and a backbone to an adapter file.
 
-    read and check -> reference energies -> attach -> zero-shot errors -> train -> record gate ranges -> errors -> write
+    read and check -> attach -> reference energies -> train -> record ranges -> errors, also of the backbone -> write
 
 The run folder holds all that a run was: `config.json` (resolved settings), `data.json` (report on the data and the
 split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity_valid.png` and `parity_test.png`.
@@ -15,7 +15,8 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,12 +26,12 @@ import numpy as np
 import torch
 
 from .adapted import Adapter, attach
-from .adapter_file import AdapterFile, write_adapter
+from .adapter_file import AdapterFile, read_adapter, write_adapter
 from .backbone import Backbone, load_backbone
 from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
 from .data import split
 from .dataset import Dataset
-from .errors import TrainingError
+from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
 from .files import json_ready, write_text
 from .potential import Potential
@@ -49,17 +50,19 @@ class FinetuneResult:
         path: the adapter file.
         run_dir: the run folder.
         adapter: what was written.
-        zero_shot, fine_tuned: "valid" and, if there was one, "test" -> errors, before and after.
+        zero_shot, initial, fine_tuned: "valid" and, if there was one, "test" -> errors, of the backbone alone, of the
+            adapter that training started from (empty if there was none), and after.
         best_epoch: whose averaged weights were written.
         seconds: of training.
-        improved: whether the fine-tuned validation error is below the backbone's: of the forces, or of the energies
-            where there are no forces.
+        improved: whether the fine-tuned validation error is below the backbone's, and below that of the adapter that
+            training started from, if there was one: of the forces, or of the energies where there are no forces.
     """
 
     path: Path
     run_dir: Path
     adapter: AdapterFile
     zero_shot: dict[str, Errors]
+    initial: dict[str, Errors]
     fine_tuned: dict[str, Errors]
     best_epoch: int
     seconds: float
@@ -80,6 +83,7 @@ def finetune(
     backbone: str | Path | Backbone = DEFAULT_BACKBONE,
     head: str | None = None,
     adapter: AdapterConfig | None = None,
+    init: str | Path | AdapterFile | None = None,
     training: TrainConfig | None = None,
     E0s: str | Mapping[Any, float] | Path | None = None,
     level_of_theory: str | None = None,
@@ -97,7 +101,9 @@ def finetune(
         test: structures that are only measured, before and after.
         backbone: name, path, or a loaded backbone, which is given back as it was.
         head: head of the backbone.
-        adapter: what is attached.
+        adapter: what is attached; with `init`, that file's own settings if not given.
+        init: an adapter of the same backbone to start from. Its reference energies are the start of corrections, and
+            the ranges it saw count as seen.
         training: how it is trained.
         E0s: see `resolve_reference_energies`.
         level_of_theory: of the labels, kept in the file; later checks compare like with like by it.
@@ -107,11 +113,14 @@ def finetune(
         progress: told what happens.
 
     Raises:
-        DataError, BackboneError, AdapterError: before anything is written.
+        DataError, BackboneError, AdapterError: before anything is written. Also an `init` for another backbone
+            (AdapterFileError), or whose form is not that of `adapter`.
         TrainingError: the loss is no longer a number (the best adapter so far is written), or a checkpoint that
             does not fit.
     """
-    adapter, training = adapter or AdapterConfig(), training or TrainConfig()
+    training = training or TrainConfig()
+    start = read_adapter(init) if isinstance(init, str | Path) else init
+    adapter = _form(adapter, start)
     _check_settings(training)
     output = Path(output)
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
@@ -119,22 +128,47 @@ def finetune(
     if not isinstance(backbone, Backbone):
         device = resolve_device(training.device)
         backbone = load_backbone(backbone, head=head, device=device, dtype=training.dtype)
+    if start is not None:
+        start.check_backbone(backbone)
     report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
     if valid is None:
         train, valid = split(train, training.valid_fraction, training.seed)
     training = training.for_structures(len(train))
     potential = Potential(backbone)
     samples = Samples(train, potential), Samples(valid, potential)
-    energies = _reference_energies(E0s, train, samples[0], potential)
-    potential.reference_energies = energies.energies
-    handle = potential.adapter = attach(backbone.network, adapter)
-    run = _Run(
-        output, run_dir, potential, handle, training, samples, (train, valid, test), energies, report, level_of_theory
-    )
+    handle = attach(backbone.network, adapter)
     try:
+        if start is not None:
+            # Its ranges would bound what is learnt from the new data; they count again once training is over.
+            handle.load_state_dict({k: v for k, v in start.tensors.items() if not k.startswith("ranges.")})
+            potential.adapter = handle
+            potential.reference_energies = {**backbone.atomic_energies, **start.reference_energies}
+        with nullcontext() if start is not None else handle.disabled():
+            energies = _reference_energies(E0s, train, samples[0], potential)
+        potential.adapter, potential.reference_energies = handle, energies.energies
+        data = train, valid, test
+        run = _Run(
+            output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory
+        )
         return run.go(resume, progress)
     finally:
         handle.detach()
+
+
+def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterConfig:
+    """What to attach. Raises AdapterError where it is not the form of `start`."""
+    if start is None:
+        return adapter or AdapterConfig()
+    if adapter is not None:
+        wanted, has = to_dict(adapter), to_dict(start.config)
+        free = ("seed", "init_std")  # of values that `start` replaces
+        if differing := sorted(k for k in wanted if wanted[k] != has[k] and k not in free):
+            listed = ", ".join(f"{k} is {has[k]!r} there, {wanted[k]!r} here" for k in differing)
+            raise AdapterError(
+                f"the adapter to start from ({start.path or 'given'}) has another form: {listed}; "
+                "leave these settings out"
+            )
+    return replace(start.config, seed=adapter.seed if adapter else start.config.seed)
 
 
 def _check_settings(training: TrainConfig) -> None:
@@ -160,11 +194,19 @@ def _check_writable(output: Path, run_dir: Path) -> None:
 
 
 def _reference_energies(spec: Any, train: Dataset, samples: Samples, potential: Potential) -> ReferenceEnergies:
-    """Choose E0s, with what the bare backbone predicts for the training structures."""
-    own = potential.backbone.atomic_energies
+    """Choose E0s, with what the potential predicts for the training structures before any training."""
+    base = _Energies(potential.backbone.name, potential.reference_energies)
     totals, _ = potential.predict_graphs(samples.graphs, forces=False)
-    reference = [sum(own[int(z)] for z in s.atoms.numbers) for s in train.structures]
-    return resolve_reference_energies(spec, train, potential.backbone, totals.numpy() - np.array(reference))
+    reference = [sum(base.atomic_energies[int(z)] for z in s.atoms.numbers) for s in train.structures]
+    return resolve_reference_energies(spec, train, base, totals.numpy() - np.array(reference))
+
+
+@dataclass
+class _Energies:
+    """Reference energies that predictions were made with."""
+
+    name: str
+    atomic_energies: dict[int, float]
 
 
 class _Run:
@@ -176,6 +218,7 @@ class _Run:
         run_dir: Path,
         potential: Potential,
         handle: Adapter,
+        start: AdapterFile | None,
         training: TrainConfig,
         samples: tuple[Samples, Samples],
         data: tuple[Dataset, Dataset, Dataset | None],
@@ -185,6 +228,7 @@ class _Run:
     ) -> None:
         self.output, self.run_dir = output, run_dir
         self.potential, self.handle, self.training, self.samples = potential, handle, training, samples
+        self.start, self.initial = start, dict[str, Errors]()
         self.train, self.valid, self.test = data
         self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
@@ -203,6 +247,12 @@ class _Run:
         if self.handle.skipped:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.handle.skipped.items())
             progress(ProgressEvent(message=f"layers that stay as they are: {listed}"))
+        if self.start is not None:
+            without_ranges = self.handle.state_dict()
+            self.handle.load_state_dict(self.start.tensors)
+            self.initial = {k: _errors(e.adapter.overall) for k, e in self._evaluate().items() if e.adapter}
+            self.handle.load_state_dict(without_ranges)
+            progress(ProgressEvent(message=f"starting from {self.start.path or 'the given adapter'}"))
         if resume:
             found = trainer.restore()
             text = f"resuming after epoch {trainer.epoch}" if found else "no checkpoint found: training from the start"
@@ -222,8 +272,9 @@ class _Run:
         trainer.use_best()
         with self.handle.recording():
             self.potential.predict_graphs(self.samples[0].graphs, forces=False)
-        sets = {"valid": self.valid, **({} if self.test is None else {"test": self.test})}
-        evaluations = {name: evaluate(self.potential, dataset) for name, dataset in sets.items()}
+        if self.start is not None:
+            self.handle.widen(self.start.tensors)
+        evaluations = self._evaluate()
         zero_shot, fine_tuned = {}, {}
         for name, evaluation in evaluations.items():
             assert evaluation.adapter is not None
@@ -233,31 +284,39 @@ class _Run:
         write_adapter(self.output, file)
         self._write_log(trainer)
         self._draw(trainer, zero_shot["valid"], evaluations)
-        before, after = zero_shot["valid"], fine_tuned["valid"]
-        key = "energy_mae_meV" if np.isnan(before.forces_mae_meV_per_A) else "forces_mae_meV_per_A"
+        after = fine_tuned["valid"]
+        before = [zero_shot["valid"], *([self.initial["valid"]] if self.initial else [])]
+        key = "energy_mae_meV" if np.isnan(after.forces_mae_meV_per_A) else "forces_mae_meV_per_A"
         return FinetuneResult(
             path=self.output,
             run_dir=self.run_dir,
             adapter=file,
             zero_shot=zero_shot,
+            initial=self.initial,
             fine_tuned=fine_tuned,
             best_epoch=trainer.best.epoch if trainer.best else 0,
             seconds=trainer.seconds,
-            improved=bool(getattr(after, key) < getattr(before, key)),
+            improved=all(getattr(after, key) < getattr(one, key) for one in before),
         )
+
+    def _evaluate(self) -> dict[str, Evaluation]:
+        sets = {"valid": self.valid, **({} if self.test is None else {"test": self.test})}
+        return {name: evaluate(self.potential, dataset) for name, dataset in sets.items()}
 
     def _adapter_file(
         self, trainer: Trainer, zero_shot: dict[str, Errors], fine_tuned: dict[str, Errors]
     ) -> AdapterFile:
         backbone = self.potential.backbone
-        used = {z: self.energies.energies[z] for z in self.train.elements}
+        # Elements that only the adapter of the start knows keep its energies.
+        known = set(self.train.elements) | set(self.start.elements if self.start else ())
+        used = {z: self.energies.energies[z] for z in sorted(known)}
         return AdapterFile(
             config=self.handle.config,
             tensors=self.handle.state_dict(),
             backbone=backbone.name,
             fingerprint=backbone.fingerprint,
             head=backbone.head,
-            elements=self.train.elements,
+            elements=tuple(sorted(known)),
             reference_energies=used,
             reference_energies_method=self.energies.method,
             level_of_theory=self.level_of_theory,
@@ -266,9 +325,14 @@ class _Run:
                 "valid": {"name": self.valid.name, "structures": len(self.valid), "sha256": self.valid.hash},
                 **self.report.to_dict()["sets"].get("train", {}),
             },
-            training={**to_dict(self.training), "best_epoch": trainer.best.epoch if trainer.best else 0},
+            training={
+                **to_dict(self.training),
+                "best_epoch": trainer.best.epoch if trainer.best else 0,
+                **({} if self.start is None else {"init": self._start_summary(self.start)}),
+            },
             metrics={
                 "zero_shot": {k: v.to_dict() for k, v in zero_shot.items()},
+                **({"initial": {k: v.to_dict() for k, v in self.initial.items()}} if self.initial else {}),
                 "fine_tuned": {k: v.to_dict() for k, v in fine_tuned.items()},
                 "seconds": trainer.seconds,
                 "device": str(self.potential.device),
@@ -276,6 +340,10 @@ class _Run:
             versions=versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
+
+    @staticmethod
+    def _start_summary(start: AdapterFile) -> dict[str, Any]:
+        return {"name": start.path.name if start.path else None, "created": start.created, "data": start.data}
 
     # -- the run folder ------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ so a checkpoint at the end of an epoch holds all there is: weights, averages, op
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +200,7 @@ class Trainer:
             self.optimizer, factor=config.plateau_factor, patience=config.plateau_patience
         )
         self.averages = Averages(self.parameters, config.ema_decay)
+        self.start = hash_of(self.parameters)
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.log: list[dict[str, float]] = []
         self.best: Best | None = None
@@ -388,4 +390,13 @@ class Trainer:
             "training data": self.train.hash,
             "validation data": self.valid.hash,
             "reference energies": sorted(self.potential.reference_energies.items()),
+            "weights at the start": self.start,
         }
+
+
+def hash_of(tensors: Sequence[Tensor]) -> str:
+    """sha256 (hex) over values, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

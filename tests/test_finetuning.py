@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.data import read_dataset, split
 from mmea_calc.dataset import Dataset
-from mmea_calc.errors import DataError, TrainingError
+from mmea_calc.errors import AdapterError, AdapterFileError, DataError, TrainingError
 from mmea_calc.finetuning import finetune
 from mmea_calc.loss import batch_loss, collect_labels
 from mmea_calc.potential import Potential
@@ -168,6 +169,7 @@ def test_a_run_killed_outright_resumes_to_the_same_bits(tmp_path: Path) -> None:
     write(data, labelled(), format="extxyz")
     script = f"""
 import sys
+from dataclasses import replace
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_finetuning import *
 finetune(read_dataset({str(data)!r}), sys.argv[1], backbone=tiny_backbone(), adapter=SMALL, training=QUICK,
@@ -345,3 +347,77 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences(tmp_path: Path) 
             parameter.copy_(before)
         numerical = (ends[0] - ends[1]) / (2 * step)
         assert float(gradients[k].reshape(-1)[i]) == pytest.approx(numerical, rel=1e-5, abs=1e-6)
+
+
+# -- from an earlier adapter -----------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_an_earlier_adapter(tmp_path: Path) -> None:
+    data, valid = dataset(tmp_path), dataset(tmp_path, 4, "valid.xyz", seed=1)
+    common: dict[str, Any] = dict(valid=valid, backbone=tiny_backbone())
+    first = finetune(data, tmp_path / "a.adapter", adapter=SMALL, training=QUICK, **common)
+    common["backbone"] = tiny_backbone()
+    second = finetune(data, tmp_path / "b.adapter", init=tmp_path / "a.adapter", training=QUICK, **common)
+    start = second.initial["valid"]
+    assert start.forces_mae_meV_per_A == pytest.approx(first.fine_tuned["valid"].forces_mae_meV_per_A, rel=1e-9)
+    assert second.fine_tuned["valid"].forces_mae_meV_per_A < start.forces_mae_meV_per_A
+    assert second.zero_shot["valid"].forces_mae_meV_per_A == first.zero_shot["valid"].forces_mae_meV_per_A
+    header = read_adapter(tmp_path / "b.adapter").header()
+    assert header["training"]["init"]["name"] == "a.adapter"
+    assert header["metrics"]["initial"]["valid"] == start.to_dict()
+
+
+def test_without_training_the_earlier_adapter_is_written_again_with_what_it_saw(tmp_path: Path) -> None:
+    data, other = dataset(tmp_path, 6), dataset(tmp_path, 6, "other.xyz", seed=5)
+    finetune(data, tmp_path / "a.adapter", valid=other, backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    none = replace(QUICK, epochs=1, lr=1e-12)
+    finetune(
+        other, tmp_path / "b.adapter", valid=data, backbone=tiny_backbone(), init=tmp_path / "a.adapter", training=none
+    )
+    before, after = read_adapter(tmp_path / "a.adapter").tensors, read_adapter(tmp_path / "b.adapter").tensors
+    wider = 0
+    for name, value in before.items():
+        if not name.startswith("ranges."):
+            torch.testing.assert_close(after[name], value, rtol=1e-6, atol=1e-8)
+        elif name.endswith(".high"):
+            assert (after[name] >= value).all()
+            wider += int((after[name] > value).sum())
+        else:
+            assert (after[name] <= value).all()
+    assert wider
+
+
+def test_an_earlier_adapter_of_another_backbone_or_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    data = dataset(tmp_path, 6)
+    finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    with pytest.raises(AdapterError, match="gate_rank is 4 there, 3 here"):
+        finetune(
+            data,
+            tmp_path / "b.adapter",
+            backbone=tiny_backbone(),
+            adapter=replace(SMALL, gate_rank=3),
+            init=tmp_path / "a.adapter",
+            training=QUICK,
+        )
+    with pytest.raises(AdapterFileError, match="this adapter was made for backbone"):
+        finetune(
+            data, tmp_path / "b.adapter", backbone=tiny_backbone(seed=9), init=tmp_path / "a.adapter", training=QUICK
+        )
+    assert not (tmp_path / "b.adapter").exists()
+    assert not (tmp_path / "b.run").exists()
+
+
+def test_a_checkpoint_that_started_elsewhere_is_refused(tmp_path: Path) -> None:
+    data = dataset(tmp_path, 6)
+    finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    options: dict[str, Any] = dict(training=QUICK, E0s="backbone")
+    finetune(data, tmp_path / "b.adapter", backbone=tiny_backbone(), adapter=SMALL, **options)
+    with pytest.raises(TrainingError, match="weights at the start"):
+        finetune(
+            data,
+            tmp_path / "b.adapter",
+            backbone=tiny_backbone(),
+            init=tmp_path / "a.adapter",
+            resume=True,
+            **options,
+        )
