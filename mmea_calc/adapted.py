@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from ._e3nn import FullyConnectedNet, o3
 from .config import AdapterConfig
+from .element_tables import ElementTables
 from .errors import AdapterError
 from .gates import MagnitudeGate, reason_not_gatable
-from .mace_bridge import is_radial_embedding
+from .mace_bridge import element_layers, is_radial_embedding
 from .methods import METHODS, Method, Site, find_sites, method_named
 from .short_range import ShortRange
 from .updates import Update
@@ -185,19 +187,24 @@ class Adapter:
         self._enabled, self._attached = True, True
         self._originals: dict[str, Tensor] = {}  # while merged: path -> the backbone's own tensor
         self._merged: dict[str, Tensor] = {}
+        self._tables: ElementTables | None = None
         self._orders = {path: _names_in_order(site.module) for path, site in sites.items()}
         self._frozen_before = {id(p): (p, p.requires_grad) for p in network.parameters()}
         for parameter, _ in self._frozen_before.values():
             parameter.requires_grad_(False)
-        self._hooks = []
+        self._hooks: dict[str, RemovableHandle] = {}
         for name, gate in gates.items():
-            linear = network.get_submodule(name)
-            linear.add_module(_GATE, gate)
-            self._hooks.append(linear.register_forward_hook(_apply_gate))
+            network.get_submodule(name).add_module(_GATE, gate)
+        self._hook(gates)
         self._parametrize()
         self._embeddings = [m for m in network.modules() if is_radial_embedding(m)]
         self.short_range = self._fade() if config.saturate and gates else None
         network.__dict__[_HANDLE] = self
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Tensor path -> the tensor that is updated there."""
+        return dict(self._sites)
 
     # -- what trains ---------------------------------------------------------------------------------------------
 
@@ -273,8 +280,7 @@ class Adapter:
             return
         self.unmerge()
         self._unparametrize()
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook(list(self._hooks))
         for name in self.gates:
             delattr(self.network.get_submodule(name), _GATE)
         if self.short_range is not None:
@@ -294,13 +300,15 @@ class Adapter:
 
     @property
     def merged(self) -> bool:
-        """Whether the weight updates are written into the weights at present."""
-        return bool(self._merged)
+        """Whether all that can be folded is folded at present."""
+        return bool(self._merged) or self._tables is not None
 
     def merge(self) -> list[str]:
         """Write the weight updates into the weights, for inference; gates depend on their input and stay.
 
-        The adapter can still be switched off and detached without loss: the backbone's own tensors are kept.
+        Gated layers that see nothing but an atom's element become tables of their results (`element_tables`). Neither
+        updates nor those gates can be trained while merged. The adapter can still be switched off and detached without
+        loss: the backbone's own tensors are kept.
 
         Returns:
             Paths of the folded tensors.
@@ -320,10 +328,16 @@ class Adapter:
                 for path, value in merged.items()
             }
             self.enabled = self._enabled
+        if self._tables is None:
+            self._tabulate()
         return list(self._merged)
 
     def unmerge(self) -> None:
-        """Undo `merge`: the updates can be trained again."""
+        """Undo `merge`: the adapter can be trained again."""
+        if self._tables is not None:
+            self._tables.remove()
+            self._tables = None
+            self._hook(name for name in self.gates if name not in self._hooks)
         if self._merged:
             for path, tensor in self._originals.items():
                 _put(self._sites[path], tensor)
@@ -428,6 +442,23 @@ class Adapter:
         )
         self._embeddings[0].add_module(_SHORT_RANGE, fade)
         return fade
+
+    def _hook(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._hooks[name] = self.network.get_submodule(name).register_forward_hook(_apply_gate)
+
+    def _unhook(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._hooks.pop(name).remove()
+
+    def _tabulate(self) -> None:
+        chain = element_layers(self.network)
+        while chain and chain[-1] not in self.gates:
+            chain.pop()
+        layers = [self.network.get_submodule(name) for name in chain]
+        if layers and all(isinstance(layer, o3.Linear) for layer in layers):
+            self._tables = ElementTables([(layer, self.gates.get(n)) for n, layer in zip(chain, layers, strict=True)])
+            self._unhook(name for name in chain if name in self.gates)
 
     def _set_updates(self, paths: Iterable[str], value: bool) -> None:
         for path in paths:

@@ -348,6 +348,18 @@ def interaction_blocks(network: nn.Module) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in network.named_modules() if _is_instance(module, where, name)]
 
 
+def element_layers(network: nn.Module) -> list[str]:
+    """Paths of the linear layers of a MACE network that see nothing but an atom's element, in the order of their calls.
+
+    The first takes the one-hot `node_attrs`, a later one what the one before gives. Where charge or spin are embedded,
+    they are added in between. Empty for any other network.
+    """
+    if not _is_instance(network, "mace.modules.models", "MACE"):
+        return []
+    embedding = ["node_embedding.linear"]
+    return embedding if hasattr(network, "joint_embedding") else [*embedding, "interactions.0.linear_up"]
+
+
 def is_untrained(parameter: object) -> bool:
     """Whether mace keeps this parameter at zero for ever: its coupling tensor vanishes by symmetry."""
     return _is_instance(parameter, "mace.modules.symmetric_contraction", "EmptyParam")
