@@ -19,6 +19,7 @@ from .check import check
 from .convert import convert
 from .evaluate import evaluate
 from .finetune import finetune
+from .fold import fold
 from .info import info
 from .md import SeveralValues, md
 
@@ -58,6 +59,7 @@ app.command()(evaluate)
 app.command(cls=SeveralValues)(md)
 app.command()(check)
 app.command()(convert)
+app.command()(fold)
 app.command()(info)
 app.command()(analyse)
 app.add_typer(backbone_app, name="backbone")
