@@ -112,7 +112,7 @@ class Optimiser:
             # `step` itself decays the groups with masks
             decay = decay if group.decaying is None else 0.0
             settings.append(dict(params=group.parameters, lr=config.lr * ratio, lr_ratio=ratio, weight_decay=decay))
-        self.torch: torch.optim.Optimizer
+        self.torch: Any
         self._averages: Averages | ScheduleFreeAverages
         if config.optimizer == "schedulefree":
             import schedulefree
@@ -169,8 +169,10 @@ class Optimiser:
         outcome is that of its own weight decay, and x is left to its average.
         """
         for group, decay, used in zip(self.groups, self._decays, self.torch.param_groups, strict=True):
-            for parameter, mask in zip(group.parameters, group.decaying or (), strict=group.decaying is not None):
-                if decay == 0 or parameter.grad is None:
+            if group.decaying is None or decay == 0:
+                continue
+            for parameter, mask in zip(group.parameters, group.decaying, strict=True):
+                if parameter.grad is None:
                     continue
                 change = used["lr"] * decay * parameter * mask()
                 z = self.torch.state[parameter].get("z")
