@@ -73,8 +73,9 @@ def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).removeprefix("--").replace("-", "_")
-        if name == "no_saturate":
-            name, value = "saturate", not coerce(name, value, bool, path)
+        switch = name.removeprefix("no_")
+        if switch != name and types_of.get(switch) is bool:
+            name, value = switch, not coerce(name, value, bool, path)
         if name not in types_of:
             options = ", ".join(sorted(types_of)).replace("_", "-")
             raise typer.BadParameter(f"{path} has the unknown key '{key}'; known: {options}", param_hint=CONFIG_HINT)

@@ -22,10 +22,14 @@ class AdapterConfig:
 
     Attributes:
         method: a name in `mmea_calc.methods.METHODS`.
-        gate_rank: width r of a gate's bottleneck (arXiv 2511.06696, eq. 3).
+        gate_rank: width r of a gate's bottleneck (arXiv 2511.06696, eq. 3), or of method "bottleneck"'s.
         low_rank: rank r of the low-rank weight updates.
         alpha: scale of the low-rank updates, W + (alpha / r) A B.
         phi: gain of orders l >= 1: "exp" is exp(g), "residual" is 1 + g.
+        nonlinearity: False leaves the SiLU of a gate's bottleneck out.
+        separate_bottlenecks: give a gate's two heads a bottleneck each.
+        shift: False leaves the shift of even scalars out.
+        gains: one gain per "channel", per "order" (irrep), or "none".
         init_std: standard deviation of W_0 at the start; 0 makes the adapted network equal its backbone exactly.
         saturate: outside the range seen in training, level gates off and fade radial functions back to the backbone's;
             False is the published adapter, which knows no range.
@@ -38,6 +42,10 @@ class AdapterConfig:
     low_rank: int = 16
     alpha: float = 16.0
     phi: Literal["exp", "residual"] = "exp"
+    nonlinearity: bool = True
+    separate_bottlenecks: bool = False
+    shift: bool = True
+    gains: Literal["channel", "order", "none"] = "channel"
     init_std: float = 0.0
     saturate: bool = True
     targets: tuple[str, ...] | None = None
@@ -55,9 +63,11 @@ class TrainConfig:
             least 20 and at most 300.
         batch_size: structures per optimisation step.
         lr: largest learning rate.
-        schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "plateau" multiplies it
-            by `plateau_factor` after `plateau_patience` epochs without a better validation loss.
-        warmup_steps: steps of linear warm-up (cosine schedule).
+        optimizer: "adamw", or "schedulefree": AdamW whose weights are averages of its own (arXiv 2405.15682); it takes
+            the "constant" schedule and `ema_decay` 0.
+        schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "constant" stays after it; "plateau"
+            multiplies it by `plateau_factor` after `plateau_patience` epochs without a better validation loss.
+        warmup_steps: steps of linear warm-up (cosine and constant schedules).
         plateau_factor, plateau_patience: of the plateau schedule.
         energy_weight: weight of the squared error of the energy per atom, (eV/atom)^2.
         forces_weight: weight of the mean squared error of the forces, (eV/A)^2.
@@ -68,7 +78,9 @@ class TrainConfig:
         stage_two_lr, stage_two_energy_weight, stage_two_forces_weight: of the second stage.
         ema_decay: decay of the exponential moving average of the weights; 0 switches it off.
         clip_norm: largest norm of the gradient.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay; of method "sparse" it acts on the changes that survive.
+        tau_lr: largest learning rate of the thresholds of method "sparse"; None: `lr`.
+        tau_weight_decay: decoupled weight decay of these thresholds (lambda_tau): the larger, the sparser.
         amsgrad: use the AMSGrad variant of Adam.
         seed: seed of splits, shuffling and initial values.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -80,7 +92,8 @@ class TrainConfig:
     epochs: int = 0
     batch_size: int = 2
     lr: float = 0.01
-    schedule: Literal["cosine", "plateau"] = "cosine"
+    optimizer: Literal["adamw", "schedulefree"] = "adamw"
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
     warmup_steps: int = 20
     plateau_factor: float = 0.8
     plateau_patience: int = 5
@@ -96,6 +109,8 @@ class TrainConfig:
     ema_decay: float = 0.99
     clip_norm: float = 10.0
     weight_decay: float = 0.0
+    tau_lr: float | None = None
+    tau_weight_decay: float = 0.01
     amsgrad: bool = True
     seed: int = 0
     device: Device = "auto"

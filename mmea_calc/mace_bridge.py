@@ -197,6 +197,18 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def fresh_tensors(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """The parameters of a freshly initialised network of `network`'s shape, by name, in float64.
+
+    Raises:
+        BackboneError: `network` is none that `build_network` can build.
+    """
+    config = config_of(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {name: p.detach() for name, p in build_network(config).named_parameters()}
+
+
 # --- network -> config ----------------------------------------------------------------------------------------------
 
 
@@ -321,6 +333,12 @@ def _value_config(network: Any) -> dict[str, Any]:
 def is_contraction(module: object) -> bool:
     """Whether this is one irrep's part of a symmetric contraction: coupling tensors U and weights per element."""
     return _is_instance(module, "mace.modules.symmetric_contraction", "Contraction")
+
+
+def contraction_order(contraction: Any) -> int:
+    """The order l of the output of one irrep's part of a symmetric contraction."""
+    u = contraction.U_tensors(1)  # (2l+1, n, k); the first axis is absent for l = 0
+    return (int(u.shape[0]) - 1) // 2 if u.dim() == 3 else 0
 
 
 def is_bessel(module: object) -> bool:
