@@ -92,7 +92,7 @@ def _check_foldable(potential: Potential, file: AdapterFile) -> None:
     if handle.foldable:
         return
     method = file.config.method
-    part = f"{len(handle.gates)} gates" if handle.gates else "layers of its own"
+    part = f"{len(handle.on_linears)} {next(iter(handle.on_linears.values())).family}"
     raise AdapterError(
         f"an adapter of method {method!r} cannot become a plain model: its {part} depend on the features of each atom, "
         "so no change of weights does the same. Use it in MMEACalculator and `mmea md`, which fold by themselves "

@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -376,6 +377,28 @@ def element_layers(network: nn.Module) -> list[str]:
         return []
     embedding = ["node_embedding.linear"]
     return embedding if hasattr(network, "joint_embedding") else [*embedding, "interactions.0.linear_up"]
+
+
+def convolution_paths(network: nn.Module) -> dict[str, list[tuple[str, int, int]]]:
+    """Which columns of the radial MLPs' last layers weight which paths of the convolutions.
+
+    Returns:
+        Path of the last layer's weight, (hidden, columns) -> for each run of columns: irreps of features, harmonics and
+        messages, such as "1o x 2e -> 1o", the order l of the messages, the number of columns.
+    """
+    found = {}
+    for name, block in interaction_blocks(network):
+        product, layers = block.conv_tp, [n for n, _ in block.conv_tp_weights.named_children()]
+        weight = getattr(getattr(block.conv_tp_weights, layers[-1]), "weight", None) if layers else None
+        if weight is None or not hasattr(product, "instructions") or weight.shape[-1] != product.weight_numel:
+            continue
+        runs = []
+        for ins in (i for i in product.instructions if i.has_weight):
+            one, two = product.irreps_in1[ins.i_in1].ir, product.irreps_in2[ins.i_in2].ir
+            out = product.irreps_out[ins.i_out].ir
+            runs.append((f"{one} x {two} -> {out}", int(out.l), prod(ins.path_shape)))
+        found[f"{name}.conv_tp_weights.{layers[-1]}.weight"] = runs
+    return found
 
 
 def is_untrained(parameter: object) -> bool:

@@ -65,6 +65,24 @@ class Site:
     def value(self) -> Tensor:
         return getattr(self.module, self.tensor)
 
+    def by_path(self, tensor: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
+        """The entries of a tensor of this site's shape, path by path.
+
+        Returns:
+            Name of the path (see `Block.path`; empty where the tensor is not made of paths), order l of its output
+            (None where it has none), its entries.
+        """
+        sizes = [prod(block.rows) * block.columns for block in self.blocks]
+        if sum(sizes) != tensor.numel():
+            yield "", None, tensor
+            return
+        for block, part in zip(self.blocks, tensor.flatten().split(sizes), strict=True):
+            if len(block.rows) == 2:  # elements, paths
+                for number, entries in enumerate(part.view(*block.rows, block.columns).unbind(1)):
+                    yield f"{block.path}, path {number}", block.order, entries
+            else:
+                yield block.path, block.order, part
+
 
 UpdateFactory = Callable[[Site, AdapterConfig, torch.Generator], Update]
 

@@ -6,17 +6,14 @@ sparsity(adapter).by_order()     # order l of what the entries lead to -> the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapted import Adapter
 from .errors import AdapterError
-from .methods import Site
 
 
 @dataclass(frozen=True)
@@ -98,26 +95,12 @@ def sparsity(adapter: Adapter) -> Sparsity:
         raise AdapterError(f"method {adapter.config.method!r} updates no weight: expected an adapter such as 'sparse'")
     with torch.no_grad():
         return Sparsity(
-            tuple(p for path, site in adapter.sites.items() for p in _paths(site, adapter.updates[path].change() == 0))
+            tuple(
+                PathSparsity(path, site.kind, label, order, part.numel(), int(part.sum()))
+                for path, site in adapter.sites.items()
+                for label, order, part in site.by_path(adapter.updates[path].change() == 0)
+            )
         )
-
-
-def _paths(site: Site, unchanged: Tensor) -> Iterator[PathSparsity]:
-    """The blocks of one tensor, those of a contraction path by path."""
-
-    def row(path: str, order: int | None, part: Tensor) -> PathSparsity:
-        return PathSparsity(site.path, site.kind, path, order, part.numel(), int(part.sum()))
-
-    sizes = [prod(block.rows) * block.columns for block in site.blocks]
-    if sum(sizes) != unchanged.numel():  # a tensor that is not made of paths
-        yield row("", None, unchanged)
-        return
-    for block, part in zip(site.blocks, unchanged.flatten().split(sizes), strict=True):
-        if len(block.rows) == 2:  # elements, paths
-            per_path = part.view(*block.rows, block.columns).unbind(1)
-            yield from (row(f"{block.path}, path {k}", block.order, entries) for k, entries in enumerate(per_path))
-        else:
-            yield row(block.path, block.order, part)
 
 
 __all__ = ["PathSparsity", "Sparsity", "sparsity"]
