@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase.data import atomic_numbers
 
-from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, _finish, _save
+from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, finish_panel, save_figure
 from .forgetting import OtherMolecules
 from .report import CheckReport, ModelReport
 from .scans import FloatArray, Scan
@@ -52,7 +52,7 @@ def page(report: CheckReport, path: str | Path, *, title: str | None = None) -> 
     _energy(axes[5], models)
     verdict = "sound" if report.passed else f"not sound: {len(report.failures)} of the criteria not met"
     figure.suptitle(f"{title or report.formula}: {verdict}", fontsize=12)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _ramp(axes: Axes, models: Sequence[ModelReport]) -> None:
@@ -72,7 +72,7 @@ def _ramp(axes: Axes, models: Sequence[ModelReport]) -> None:
     axes.plot([], [], "D", color="black", markerfacecolor="none", linestyle="none", label="bonds first changed")
     axes.set_title("temperature ramp", fontsize=10)
     axes.set_ylim(0, 1.6 * max(ramp.to_K, ramp.from_K))
-    _finish(axes, "Time (ps)", "Temperature (K)")
+    finish_panel(axes, "Time (ps)", "Temperature (K)")
 
 
 def _smooth(series: FloatArray) -> FloatArray:
@@ -115,7 +115,7 @@ def _walls(axes: Axes, by_model: Sequence[Sequence[Scan]], words: str, x: str, r
     axes.set_yticks([0, 1, 3, 10, 30, 100], labels=["0", "1", "3", "10", "30", "100"])
     axes.minorticks_off()
     axes.set_xlim(by_model[0][0].distances_A[0] - 0.03, max(s.distances_A[-1] for s in by_model[0]))
-    _finish(axes, x, "Energy above the minimum (eV)")
+    finish_panel(axes, x, "Energy above the minimum (eV)")
     axes.legend(fontsize=8, framealpha=0.9, edgecolor="none", ncols=2 if len(kinds) > _LONG_LEGEND // 2 else 1)
 
 
@@ -154,7 +154,7 @@ def _forgetting(axes: Axes, report: CheckReport) -> None:
         )
         axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.set_ylim(0, 1.02)
-    _finish(axes, "Root mean square difference of a structure's forces (meV/Å)", "Share of structures below")
+    finish_panel(axes, "Root mean square difference of a structure's forces (meV/Å)", "Share of structures below")
 
 
 def _with_errors(item: OtherMolecules) -> str:
@@ -177,4 +177,4 @@ def _energy(axes: Axes, models: Sequence[ModelReport]) -> None:
     middle, half = 0.5 * (low + high), max(0.5 * (high - low), 0.5)
     axes.set_ylim(middle - half, middle + half)
     axes.axhline(0.0, color="black", linewidth=0.6)
-    _finish(axes, "Time (ps)", "Total energy from the start (meV/atom)")
+    finish_panel(axes, "Time (ps)", "Total energy from the start (meV/atom)")
