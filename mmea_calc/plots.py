@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette: readable with every common colour blindness, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+# The palette goes on, for many series.
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black", "#8A6D3B", "#6A3D9A", "#B2DF8A")
 DPI = 150
 # Beyond this many points a scatter is drawn with small, faint marks.
 CROWDED = 5000
@@ -214,12 +216,16 @@ def _curve(
     axes.plot(epochs, values, color=colour, label=label, linewidth=1.5, marker=mark, markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if values.min() > 0:
-        axes.set_yscale("log")
-        # Plain numbers: 0.5 and 20 read better than powers of ten over the one or two decades of a training.
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axes.yaxis.set_minor_formatter(lambda y, _: _minor_label(y, *axes.get_ylim()))
-        axes.tick_params(axis="y", which="minor", labelsize=8)
+        plain_log_scale(axes)
     return True
+
+
+def plain_log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers: 0.5 and 20 read better than powers of ten over one or two decades."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: _minor_label(y, *axes.get_ylim()))
+    axes.tick_params(axis="y", which="minor", labelsize=8)
 
 
 def _minor_label(value: float, low: float, high: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase.data import atomic_numbers
 
-from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, finish_panel, save_figure
+from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, PALETTE, finish_panel, save_figure
 from .forgetting import OtherMolecules
 from .report import CheckReport, ModelReport
 from .scans import FloatArray, Scan
@@ -17,8 +17,6 @@ from .scans import FloatArray, Scan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito's palette goes on, for many pairs of elements.
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black", "#8A6D3B", "#6A3D9A", "#B2DF8A")
 _LABELS = {"adapter": "adapter", "backbone": "backbone alone"}
 # Walls are drawn from below the minimum to where nothing comes any more; logarithmic above 1 eV.
 _LOWEST_EV, _HIGHEST_EV = -0.6, 300.0
@@ -92,7 +90,7 @@ def _walls(axes: Axes, by_model: Sequence[Sequence[Scan]], words: str, x: str, r
         axes.set_axis_off()
         return
     kinds = sorted({_kind(s.label) for s in by_model[0]}, key=_order)
-    colour = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
+    colour = {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(kinds)}
     for kind in kinds:
         axes.plot([], [], color=colour[kind], linewidth=1.4, label=kind)
     for scans, style, width in zip(by_model, ("-", "--"), (1.4, 1.0), strict=False):
