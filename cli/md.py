@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from .progress import duration
 from .units import femtoseconds, per_femtosecond
@@ -17,34 +16,6 @@ if TYPE_CHECKING:
     from mmea_calc.md.summary import ReplicaSummary, Summary
 
 MODEL, RUN, OUTPUT, WATCH = "Backbone and device", "Dynamics", "Output", "Watching"
-
-
-class SeveralValues(TyperCommand):
-    """A command whose `--temperature` takes several values: `--temperature 300 600 1200`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        following = False
-        for word in args:
-            if word == "--temperature":
-                following = True
-                spread.append(word)
-            elif following and _is_number(word):
-                if spread[-1] != "--temperature":
-                    spread.append("--temperature")
-                spread.append(word)
-            else:
-                following = False
-                spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def md(

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
 DEFAULT_STEPS = 2000
+# One training of each method tells the order of large differences; a benchmark has three by default.
+COMPARE_SEEDS = (1,)
 
 Device = str
 Precision = Literal["float32", "float64"]
@@ -236,6 +238,39 @@ class CheckConfig:
     min_bond_change_K: float = 1000.0
     max_drift_meV_per_atom_ps: float = 0.2
     max_forgetting: float = 2.0
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """How methods are compared: every method is trained on every system with every seed.
+
+    Attributes:
+        methods: NAME or NAME:field=value,field=value, a name in `mmea_calc.methods.METHODS` and fields of
+            `AdapterConfig` and `TrainConfig`, or `recipe`.
+        seeds: of the split into training and validation, of shuffling and of initial values.
+        backbone: name or path.
+        head: of a backbone with several.
+        recipe: a name in `mmea_calc.recipes.RECIPES`; None: every method's own.
+        epochs: instead of the recipe's; None leaves it.
+        valid_fraction: part of the training structures for validation; None: the data set's own.
+        E0s: see `resolve_reference_energies`; None: as the recipe has it.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: precision of the network; None: the recipe's.
+        tolerance: methods whose validation error is within this fraction of the lowest count as equal when one is
+            recommended.
+    """
+
+    methods: tuple[str, ...] = ("mmea", "elora", "full")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    backbone: str = DEFAULT_BACKBONE
+    head: str | None = None
+    recipe: str | None = None
+    epochs: int | None = None
+    valid_fraction: float | None = None
+    E0s: str | None = None
+    device: Device = "auto"
+    dtype: Precision | None = None
+    tolerance: float = 0.02
 
 
 def to_dict(config: Any) -> dict[str, Any]:
