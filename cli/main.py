@@ -23,6 +23,7 @@ from .evaluate import evaluate
 from .finetune import finetune
 from .fold import fold
 from .info import info
+from .inspect import inspect
 from .md import md
 from .several import any_word, is_number, several_values
 
@@ -64,6 +65,7 @@ app.command()(check)
 app.command()(convert)
 app.command()(fold)
 app.command()(info)
+app.command()(inspect)
 app.command()(analyse)
 app.command(cls=several_values({"--methods": any_word, "--seeds": is_number}))(compare)
 app.command(cls=several_values({"--methods": any_word, "--seeds": is_number, "--molecules": any_word}))(benchmark)

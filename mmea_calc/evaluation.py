@@ -177,7 +177,7 @@ def evaluate(
     counts = dataset.counts
     if not counts["energy"] and not counts["forces"]:
         raise DataError(f"{dataset.name}: expected structures with energies or forces to compare with, found none")
-    graphs = graphs_of(potential, dataset)
+    graphs = _graphs(potential, dataset)
     adapted = potential.adapter is not None and potential.adapter.enabled
     total = len(graphs) * (1 + adapted)
     want_forces = counts["forces"] > 0
@@ -203,8 +203,8 @@ def evaluate(
     return Evaluation(dataset, bare, with_adapter, potential.backbone.name, same_reference_energies)
 
 
-def graphs_of(potential: Potential, dataset: Dataset) -> list[Graph]:
-    """Neighbour lists of all structures, every one checked before the first is computed. Raises DataError."""
+def _graphs(potential: Potential, dataset: Dataset) -> list[Graph]:
+    """Neighbour lists of all structures, every one checked before the first is computed."""
     graphs = []
     for item in dataset.structures:
         check_elements(np.unique(item.atoms.numbers), potential.backbone.elements, item.where)

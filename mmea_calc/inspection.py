@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .adapted import Adapter
-from .dataset import Dataset
 from .errors import AdapterError, DataError
-from .evaluation import graphs_of
-from .graph import Graph
+from .graph import Graph, check_elements
 from .mace_bridge import convolution_paths
 from .methods import Site
 from .potential import Potential
@@ -115,7 +114,7 @@ class Inspection:
 
 def inspect(
     potential: Potential,
-    dataset: Dataset | None = None,
+    structures: Sequence[Atoms] = (),
     *,
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -124,7 +123,7 @@ def inspect(
 
     Args:
         potential: with an adapter.
-        dataset: structures to measure gates on; needed for an adapter that has some, not looked at otherwise.
+        structures: to measure gates on; needed for an adapter that has some, not looked at otherwise.
         batch_size: structures per call of the network.
         progress: called with the number of structures done and their total.
 
@@ -136,17 +135,29 @@ def inspect(
     if adapter is None or not (adapter.gates or adapter.updates):
         found = "there is no adapter" if adapter is None else f"method {adapter.config.method!r} has neither"
         raise AdapterError(f"expected an adapter with gates or updates of weights to look into: {found}")
-    if adapter.gates and (dataset is None or not len(dataset)):
+    if adapter.gates and not structures:
         raise DataError(
             f"the {len(adapter.gates)} gates of this adapter act on the features of atoms: give structures to measure "
-            "them on (mmea inspect FILE DATA.xyz), such as the training set"
+            "them on, such as the training set (mmea inspect FILE DATA.xyz)"
         )
+    graphs = _graphs(potential, structures) if adapter.gates else []
     changes = weight_changes(adapter)
-    if not adapter.gates or dataset is None:
+    if not graphs:
         return Inspection(adapter.config.method, changes, ())
-    graphs = graphs_of(potential, dataset)
     gates = gate_activity(potential, graphs, batch_size=batch_size, progress=progress)
     return Inspection(adapter.config.method, changes, gates, len(graphs), sum(g.n_atoms for g in graphs))
+
+
+def _graphs(potential: Potential, structures: Sequence[Atoms]) -> list[Graph]:
+    """Neighbour lists, every structure checked before the first is computed. Raises DataError."""
+    graphs = []
+    for number, atoms in enumerate(structures):
+        check_elements(np.unique(atoms.numbers), potential.backbone.elements, f"structure {number}")
+        try:
+            graphs.append(potential.graph(atoms))
+        except DataError as problem:
+            raise DataError(f"structure {number}: {problem}") from problem
+    return graphs
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -170,8 +181,8 @@ def _change_of(update: Update, weight: Tensor) -> Tensor:
     """In float64, as the update says: added to a weight in single precision a small change would lose digits."""
     with torch.no_grad():
         if isinstance(update, Replacement):
-            return update.V.double() - weight
-        return update.change().double()
+            return update.V.detach().double() - weight
+        return update.change().detach().double()
 
 
 def _by_path(
@@ -211,7 +222,11 @@ def gate_activity(
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[GateActivity, ...]:
-    """What every gate does on these structures, from what comes in and goes out: the same for all forms of gates."""
+    """What every gate does on these structures, from what comes in and goes out: the same for all forms of gates.
+
+    Raises:
+        AdapterError: the adapter is merged.
+    """
     adapter = potential.adapter
     assert adapter is not None
     if adapter.merged:
@@ -241,7 +256,8 @@ class _Watch:
     def __call__(self, gate: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         y, out = (t.detach().flatten(0, -2).double().cpu() for t in (inputs[1], output))
         first, self.n = not self.n, self.n + len(y)
-        shifts, gains = [], {}
+        shifts: list[Tensor] = []
+        gains: dict[str, list[Tensor]] = {}
         for (mul, ir), where in zip(self.irreps, self.irreps.slices(), strict=True):
             if mul == 0:
                 continue

@@ -93,7 +93,7 @@ def assert_same(atoms: Atoms, one: Any, other: Any, atol: float = 1e-10) -> None
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("method", ["elora", "full"])
+@pytest.mark.parametrize("method", ["elora", "full", "sparse", "scratch"])
 def test_a_folded_model_in_mace_torch_gives_the_adapters_energies_and_forces(tmp_path: Path, method: str) -> None:
     adapter = trained(tmp_path, method)
     model = fold(adapter, tmp_path / "folded.model")
@@ -183,10 +183,10 @@ def test_single_precision_is_written_on_request(tmp_path: Path) -> None:
     assert_same(atoms, plain, MMEACalculator(adapter, dtype="float64", device="cpu"), atol=0.01)
 
 
-@pytest.mark.parametrize("method", ["mmea", "gates"])
-def test_gates_are_refused_with_the_reason_and_nothing_is_written(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "part"), [("mmea", "gates"), ("gates", "gates"), ("bottleneck", "bottlenecks")])
+def test_gates_are_refused_with_the_reason_and_nothing_is_written(tmp_path: Path, method: str, part: str) -> None:
     adapter = trained(tmp_path, method)
-    with pytest.raises(AdapterError, match=r"gates depend on the features of each atom.*MMEACalculator.*mmea md"):
+    with pytest.raises(AdapterError, match=rf"{part} depend on the features of each atom.*MMEACalculator.*mmea md"):
         fold(adapter, tmp_path / "folded.model")
     assert not list(tmp_path.glob("*folded*"))
 
