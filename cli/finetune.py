@@ -34,7 +34,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "check_md": bool,
     "init": Path,
 }
-DATA, MODEL, TRAINING = "Data", "Backbone and adapter", "Training"
+DATA, MODEL, ABLATIONS, TRAINING = "Data", "Backbone and adapter", "Gate, for ablations", "Training"
 
 
 def finetune(
@@ -82,11 +82,34 @@ def finetune(
         str | None, typer.Option(help="Name (see mmea backbone list) or path.", rich_help_panel=MODEL)
     ] = None,
     head: Annotated[str | None, typer.Option(help="Head of a backbone with several.", rich_help_panel=MODEL)] = None,
-    method: Annotated[str | None, typer.Option(help="mmea, gates, full, ...", rich_help_panel=MODEL)] = None,
+    method: Annotated[
+        str | None, typer.Option(help="mmea, gates, elora, sparse, full, ...", rich_help_panel=MODEL)
+    ] = None,
     gate_rank: Annotated[int | None, typer.Option(help="Rank of the gates.", rich_help_panel=MODEL)] = None,
     low_rank: Annotated[int | None, typer.Option(help="Rank of the weight updates.", rich_help_panel=MODEL)] = None,
     phi: Annotated[
         Literal["exp", "residual"] | None, typer.Option(help="Gain of orders l >= 1.", rich_help_panel=MODEL)
+    ] = None,
+    nonlinearity: Annotated[
+        bool | None,
+        typer.Option(
+            "--nonlinearity/--no-nonlinearity", help="SiLU in the gates' bottlenecks.", rich_help_panel=ABLATIONS
+        ),
+    ] = None,
+    separate_bottlenecks: Annotated[
+        bool | None,
+        typer.Option(
+            "--separate-bottlenecks/--no-separate-bottlenecks",
+            help="A bottleneck for each head of a gate.",
+            rich_help_panel=ABLATIONS,
+        ),
+    ] = None,
+    shift: Annotated[
+        bool | None, typer.Option("--shift/--no-shift", help="Shift of even scalars.", rich_help_panel=ABLATIONS)
+    ] = None,
+    gains: Annotated[
+        Literal["channel", "order", "none"] | None,
+        typer.Option(help="One gain per channel, per order, or none.", rich_help_panel=ABLATIONS),
     ] = None,
     init_std: Annotated[
         float | None, typer.Option(help="Spread of the gates' first weights at the start.", rich_help_panel=MODEL)
@@ -155,6 +178,7 @@ def _run(train_files: list[Path], settings: Settings) -> None:
     from .progress import TrainingDisplay
 
     options, training = settings.options, settings.training
+    _check_options(settings)
     train, valid, test = _read(train_files, options)
     backbone = load_backbone(
         options["backbone"] or DEFAULT_BACKBONE,
@@ -184,6 +208,16 @@ def _run(train_files: list[Path], settings: Settings) -> None:
     _conclude(result)
     if options["check_md"]:
         _check_dynamics(result.path, train.structures[0].atoms, settings)
+
+
+def _check_options(settings: Settings) -> None:
+    """Better known now than after the training."""
+    from mmea_calc.errors import TrainingError
+    from mmea_calc.methods import method_named
+
+    name = settings.adapter.method
+    if settings.options["check_md"] and not method_named(name).equivariant:
+        raise TrainingError(f"method {name!r} is not equivariant, and dynamics refuses it: leave --check-md out")
 
 
 def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
@@ -253,7 +287,7 @@ def _count(backbone: Backbone, settings: Settings) -> None:
 
     from .console import say
 
-    adapter = attach(backbone.network, settings.adapter)
+    adapter = attach(backbone.network, settings.adapter, start=False)
     total, counts = adapter.n_parameters, adapter.counts()
     adapter.detach()
     kinds = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items())

@@ -39,6 +39,7 @@ def _rows(adapter: AdapterFile, file: Path) -> Iterator[tuple[str, Any]]:
     yield "file", f"{file.stat().st_size / 1000:.1f} kB, format {header['format_version']}, {adapter.created}"
     yield "parameters", adapter.n_parameters
     yield "settings", _words(header["adapter"])
+    yield from _marks(adapter)
     fingerprint = adapter.fingerprint[:FINGERPRINT_DIGITS]
     yield "backbone", f"{adapter.backbone}, head {adapter.head}, fingerprint {fingerprint}"
     yield "level of theory", adapter.level_of_theory
@@ -60,6 +61,18 @@ def _rows(adapter: AdapterFile, file: Path) -> Iterator[tuple[str, Any]]:
     yield "", "--json shows everything"
 
 
+def _marks(adapter: AdapterFile) -> Iterator[tuple[str, str]]:
+    """What a user must know of the method."""
+    from mmea_calc.methods import METHODS
+
+    method = METHODS.get(adapter.config.method)
+    if method is not None and not method.equivariant:
+        yield (
+            "not equivariant",
+            "energies change when a structure is turned; a baseline for comparisons, not for dynamics",
+        )
+
+
 def _errors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """One row per data set and model."""
     names = {"zero_shot": "backbone alone", "fine_tuned": "fine-tuned"}
@@ -69,6 +82,11 @@ def _errors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             errors = (metrics.get(key) or {}).get(data) or {}
             parts = [text.format(show(errors[k])) for k, text in ERROR_UNITS.items() if errors.get(k) is not None]
             yield f"MAE {data}, {label}", ", ".join(parts)
+    if sparsity := metrics.get("sparsity"):
+        parts = [
+            f"{key if key == 'radial' else f'l = {key}'} {value:.1%}" for key, value in sparsity["by_order"].items()
+        ]
+        yield "left unchanged", f"{sparsity['overall']:.1%} of the entries: {', '.join(parts)}"
     if (seconds := metrics.get("seconds")) is not None:
         yield "trained in", f"{seconds / 60:.1f} minutes on {metrics.get('device', 'an unknown device')}"
 

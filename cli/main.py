@@ -15,12 +15,17 @@ from mmea_calc.errors import MMEAError
 
 from .analyse import analyse
 from .backbone import app as backbone_app
+from .benchmark import benchmark
 from .check import check
+from .compare import compare
 from .convert import convert
 from .evaluate import evaluate
 from .finetune import finetune
+from .fold import fold
 from .info import info
-from .md import SeveralValues, md
+from .inspect import inspect
+from .md import md
+from .several import any_word, is_number, several_values
 
 INTERRUPTED = 130
 
@@ -55,11 +60,15 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(evaluate)
-app.command(cls=SeveralValues)(md)
+app.command(cls=several_values({"--temperature": is_number}))(md)
 app.command()(check)
 app.command()(convert)
+app.command()(fold)
 app.command()(info)
+app.command()(inspect)
 app.command()(analyse)
+app.command(cls=several_values({"--methods": any_word, "--seeds": is_number}))(compare)
+app.command(cls=several_values({"--methods": any_word, "--seeds": is_number, "--molecules": any_word}))(benchmark)
 app.add_typer(backbone_app, name="backbone")
 
 

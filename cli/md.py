@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from .progress import duration
 from .units import femtoseconds, per_femtosecond
@@ -17,34 +16,6 @@ if TYPE_CHECKING:
     from mmea_calc.md.summary import ReplicaSummary, Summary
 
 MODEL, RUN, OUTPUT, WATCH = "Backbone and device", "Dynamics", "Output", "Watching"
-
-
-class SeveralValues(TyperCommand):
-    """A command whose `--temperature` takes several values: `--temperature 300 600 1200`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        following = False
-        for word in args:
-            if word == "--temperature":
-                following = True
-                spread.append(word)
-            elif following and _is_number(word):
-                if spread[-1] != "--temperature":
-                    spread.append("--temperature")
-                spread.append(word)
-            else:
-                following = False
-                spread.append(word)
-        return super().parse_args(ctx, spread)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def md(
@@ -81,6 +52,7 @@ def md(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the run folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run an adapter that is not equivariant.")] = False,
     traj_every: Annotated[int | None, typer.Option(help="Steps between frames.", rich_help_panel=OUTPUT)] = None,
     stats_every: Annotated[int | None, typer.Option(help="Steps between energies.", rich_help_panel=OUTPUT)] = None,
     restart_every: Annotated[
@@ -129,7 +101,9 @@ def md(
 
     config = MDConfig(**{k: v for k, v in flags.items() if v is not None})
     folder = output or start.with_suffix(".md")
-    summary = _run(adapter, start, folder, config, backbone, head, resume, overwrite)
+    summary = _run(
+        adapter, start, folder, config, backbone, head, dict(resume=resume, overwrite=overwrite, force=force)
+    )
     _print(summary, folder, as_json)
     if summary.failed:
         raise typer.Exit(1)
@@ -142,8 +116,7 @@ def _run(
     config: MDConfig,
     backbone: str | None,
     head: str | None,
-    resume: bool,
-    overwrite: bool,
+    switches: dict[str, bool],
 ) -> Summary:
     from ase.io import read
     from rich.console import Console
@@ -159,7 +132,7 @@ def _run(
         raise DataError(f"{start} cannot be read as structures: {problem}") from problem
     potential = open_potential(adapter, backbone=backbone, head=head, device=config.device, dtype=config.dtype)
     with _Display(Console(stderr=True), config.timestep_fs) as display:
-        return run_md(potential, starts, folder, config, resume=resume, overwrite=overwrite, progress=display)
+        return run_md(potential, starts, folder, config, **switches, progress=display)
 
 
 class _Display:

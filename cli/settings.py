@@ -5,16 +5,16 @@ No default is written down here. An option that was not given is None and is lef
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import typer
 
 from mmea_calc.config import AdapterConfig, TrainConfig
+from mmea_calc.setting_values import as_type
 
 CONFIG_HINT = "'--config'"
 
@@ -92,8 +92,9 @@ def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).removeprefix("--").replace("-", "_")
-        if name == "no_saturate":
-            name, value = "saturate", not coerce(name, value, bool, path)
+        switch = name.removeprefix("no_")
+        if switch != name and types_of.get(switch) is bool:
+            name, value = switch, not coerce(name, value, bool, path)
         if name not in types_of:
             options = ", ".join(sorted(types_of)).replace("_", "-")
             raise typer.BadParameter(f"{path} has the unknown key '{key}'; known: {options}", param_hint=CONFIG_HINT)
@@ -102,19 +103,15 @@ def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def coerce(name: str, value: Any, wanted: Any, source: object) -> Any:
-    """`value` as the type that the setting has; YAML reads 1e-3 as text, and this makes it the number it is.
+    """`value` as the type that the setting has.
 
     Raises:
         typer.BadParameter: it cannot be one.
     """
-    options = _alternatives(wanted)
-    for option in options:
-        try:
-            return _as(option, value)
-        except (TypeError, ValueError):
-            continue
-    expected = " or ".join(_describe(option) for option in options)
-    raise typer.BadParameter(f"{source}: {name} must be {expected}, got {value!r}", param_hint=CONFIG_HINT)
+    try:
+        return as_type(value, wanted)
+    except ValueError as problem:
+        raise typer.BadParameter(f"{source}: {name} {problem}", param_hint=CONFIG_HINT) from problem
 
 
 def _recipe(name: str | None, method: str) -> dict[str, Any]:
@@ -131,53 +128,3 @@ def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _field_types() -> dict[str, Any]:
     return {**typing.get_type_hints(TrainConfig), **typing.get_type_hints(AdapterConfig)}
-
-
-def _alternatives(wanted: Any) -> tuple[Any, ...]:
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return typing.get_args(wanted)
-    return (wanted,)
-
-
-def _as(wanted: Any, value: Any) -> Any:
-    """`value` as `wanted`, by the rules a person expects: no number from a truth value, no 1.5 for an integer."""
-    if typing.get_origin(wanted) is Literal:
-        if value in typing.get_args(wanted):
-            return value
-        raise ValueError(value)
-    if typing.get_origin(wanted) is tuple:
-        return tuple(str(v) for v in ([value] if isinstance(value, str) else value))
-    if wanted is type(None):
-        if value is None:
-            return None
-        raise ValueError(value)
-    if wanted is bool or isinstance(value, bool):
-        if wanted is bool and isinstance(value, bool):
-            return value
-        raise ValueError(value)
-    if wanted is int and float(value) == int(float(value)):
-        return int(float(value))
-    if wanted is float:
-        return float(value)
-    if wanted is Path and isinstance(value, str):
-        return Path(value)
-    if isinstance(wanted, type) and wanted in (str, dict) and isinstance(value, wanted):
-        return value
-    raise ValueError(value)
-
-
-def _describe(wanted: Any) -> str:
-    if typing.get_origin(wanted) is Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(wanted))
-    if typing.get_origin(wanted) is tuple:
-        return "a list of text"
-    names = {
-        float: "a number",
-        int: "an integer",
-        bool: "true or false",
-        str: "text",
-        Path: "a path",
-        dict: "a mapping",
-        type(None): "null",
-    }
-    return names.get(wanted, str(wanted))

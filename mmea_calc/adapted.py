@@ -6,9 +6,10 @@
         network(batch)                # the backbone, bit for bit
     adapter.detach()
 
-Gates are forward hooks on the network's own `o3.Linear` layers, and so is the fade of radial functions at short
-distances; weight updates are parametrizations (`torch.nn.utils.parametrize`). All live inside the given network and
-nowhere else, move with it (`.to`), and leave nothing behind when detached.
+Gates (and the bottlenecks of the baseline that is not equivariant) are forward hooks on the network's own `o3.Linear`
+layers, and so is the fade of radial functions at short distances; weight updates are parametrizations
+(`torch.nn.utils.parametrize`). All live inside the given network and nowhere else, move with it (`.to`), and leave
+nothing behind when detached.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from ._e3nn import FullyConnectedNet, o3
 from .config import AdapterConfig
+from .element_tables import ElementTables
 from .errors import AdapterError
-from .gates import MagnitudeGate, reason_not_gatable
-from .mace_bridge import is_radial_embedding
-from .methods import METHODS, Method, Site, find_sites, method_named
+from .gates import MagnitudeGate
+from .mace_bridge import element_layers, is_radial_embedding
+from .methods import METHODS, LinearPart, Method, Site, find_sites, method_named
 from .short_range import ShortRange
-from .updates import Update
+from .updates import ParameterGroup, Replacement, Update
 
 _SHORT_RANGE = "short_range"  # name of the submodule that an adapted radial embedding carries
 _SHORTEST = "ranges.radial_embedding.shortest"  # name of its distances in a state_dict
-_GATE = "magnitude_gate"  # name of the submodule that a gated linear layer carries
+_PART = "magnitude_gate"  # name of the submodule that an adapted linear layer carries
 _HANDLE = "_mmea_adapter"  # attribute of an adapted network: its handle, which so lives as long as the network
 
 
@@ -46,7 +49,7 @@ class TrainableTensor:
 
     Attributes:
         module: path of the gated layer, or of the tensor that is updated.
-        part: "gate.down", "gate.shift", "gate.gain", "low rank", "dense".
+        part: "gate.down", "gate.shift", "gate.gain", "low rank", "dense", ...
         order: the order l that it acts on: "0" (even scalars), ">=1" (and odd scalars, where there are any) or "all".
         count: number of entries.
     """
@@ -57,20 +60,23 @@ class TrainableTensor:
     count: int
 
 
-def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
+def attach(network: nn.Module, config: AdapterConfig | None = None, *, start: bool = True) -> Adapter:
     """Attach a new adapter to `network` and freeze the network's own parameters.
 
-    With the default `init_std=0` the adapted network equals its backbone exactly.
+    With the default `init_std=0` the adapted network equals its backbone exactly, unless the method starts elsewhere
+    (`Method.identity`).
 
     Args:
         network: any network made of `o3.Linear`, `o3.FullyConnectedTensorProduct`, `e3nn.nn.FullyConnectedNet`
             and mace's symmetric contraction; other modules stay as they are.
         config: what to attach.
+        start: False if values are loaded at once: a method that starts from a network of its own then builds none.
 
     Returns:
         The handle of what was attached.
 
     Raises:
+        BackboneError: the method needs a fresh network of this shape, and none can be built.
         AdapterError: an unknown method, an unusable setting, a target that matches no module, a network that is
             scripted or has an adapter already, or no module to adapt. Nothing has been changed then.
     """
@@ -78,27 +84,22 @@ def attach(network: nn.Module, config: AdapterConfig | None = None) -> Adapter:
     method = _checked(network, config)
     wanted = _selector(method, config)
     sites = [s for s in find_sites(network) if s.kind in method.updates and wanted(s.name)]
-    gated, skipped = _gated_layers(network, wanted) if method.gates else ({}, {})
-    _check_targets(config, [*(s.name for s in sites), *gated, *skipped])
-    if not sites and not gated:
+    linears, skipped = _linear_layers(network, method, config, wanted)
+    _check_targets(config, [*(s.name for s in sites), *linears, *skipped])
+    if not sites and not linears:
         reasons = "".join(f"; {name or 'the network itself'}: {reason}" for name, reason in skipped.items())
         targets = f" matching {list(config.targets)}" if config.targets else ""
         raise AdapterError(f"method {config.method!r} finds no module to adapt{targets}{reasons}")
 
+    fresh = method.start(network, config.seed) if start and method.start is not None else {}
     generator = torch.Generator().manual_seed(config.seed)
     updates = {s.path: method.updates[s.kind](s, config, generator) for s in sites}
-    gates = {
-        name: MagnitudeGate(
-            linear,
-            rank=config.gate_rank,
-            phi=config.phi,
-            saturate=config.saturate,
-            init_std=config.init_std,
-            generator=generator,
-        )
-        for name, linear in gated.items()
-    }
-    return Adapter(network, config, gates, {s.path: s for s in sites}, updates, skipped)
+    for path, update in updates.items():
+        if path in fresh and isinstance(update, Replacement):
+            update.start(fresh[path])
+    make = method.gates.make if method.gates is not None else None
+    parts = {name: make(linear, config, generator) for name, linear in linears.items()} if make is not None else {}
+    return Adapter(network, config, parts, {s.path: s for s in sites}, updates, skipped)
 
 
 def attached(network: nn.Module) -> Adapter | None:
@@ -113,6 +114,8 @@ def _checked(network: nn.Module, config: AdapterConfig) -> Method:
             raise AdapterError(f"{name} must be a whole number, at least 1, got {rank!r}")
     if config.phi not in ("exp", "residual"):
         raise AdapterError(f"phi must be 'exp' or 'residual', got {config.phi!r}")
+    if config.gains not in ("channel", "order", "none"):
+        raise AdapterError(f"gains must be 'channel', 'order' or 'none', got {config.gains!r}")
     if not 0 <= config.init_std < math.inf:
         raise AdapterError(f"init_std must be finite and not negative, got {config.init_std}")
     if not math.isfinite(config.alpha):
@@ -120,7 +123,7 @@ def _checked(network: nn.Module, config: AdapterConfig) -> Method:
     # e3nn compiles parts of its eager layers; those hold no weights.
     if any(isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()) for m in network.modules()):
         raise AdapterError("a scripted (TorchScript) network cannot be adapted: load the eager network instead")
-    if attached(network) or any(parametrize.is_parametrized(m) or hasattr(m, _GATE) for m in network.modules()):
+    if attached(network) or any(parametrize.is_parametrized(m) or hasattr(m, _PART) for m in network.modules()):
         raise AdapterError("this network has an adapter (or another parametrization) already: detach it first")
     return method
 
@@ -145,15 +148,19 @@ def _selector(method: Method, config: AdapterConfig) -> Callable[[str], bool]:
     return wanted
 
 
-def _gated_layers(network: nn.Module, wanted: Callable[[str], bool]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    gated, skipped = {}, {}
-    for name, module in network.named_modules():
-        if isinstance(module, o3.Linear) and wanted(name):
-            if reason := reason_not_gatable(module):
+def _linear_layers(
+    network: nn.Module, method: Method, config: AdapterConfig, wanted: Callable[[str], bool]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linear layers whose output the method changes, and those that it would but cannot, with the reason."""
+    found: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    for name, module in network.named_modules() if method.gates is not None else ():
+        if method.gates is not None and isinstance(module, o3.Linear) and wanted(name):
+            if reason := method.gates.reason_not(module, config):
                 skipped[name] = reason
             else:
-                gated[name] = module
-    return gated, skipped
+                found[name] = module
+    return found, skipped
 
 
 class Adapter:
@@ -162,50 +169,52 @@ class Adapter:
     Attributes:
         network: the adapted network.
         config: the settings it was made with.
-        gates: module path -> gate.
+        on_linears: module path of a linear layer -> what changes its output.
+        gates: those of them that are magnitude gates.
         updates: tensor path -> weight update.
         short_range: the fade of updated radial functions below the distances of the training data; None where nothing
             radial is updated, there are no gates (so that all of the adapter can be folded), the network is not one
             of mace's, or `config.saturate` is off.
-        skipped: linear layers that carry no gate, with the reason.
+        skipped: linear layers whose output cannot be changed, with the reason.
     """
 
     def __init__(
         self,
         network: nn.Module,
         config: AdapterConfig,
-        gates: dict[str, MagnitudeGate],
+        on_linears: dict[str, LinearPart],
         sites: dict[str, Site],
         updates: dict[str, Update],
         skipped: dict[str, str],
     ) -> None:
         self.network, self.config = network, config
-        self.gates, self.updates, self.skipped = gates, updates, skipped
+        self.on_linears, self.updates, self.skipped = on_linears, updates, skipped
+        self.gates = {name: part for name, part in on_linears.items() if isinstance(part, MagnitudeGate)}
         self._sites = sites
         self._enabled, self._attached = True, True
         self._originals: dict[str, Tensor] = {}  # while merged: path -> the backbone's own tensor
         self._merged: dict[str, Tensor] = {}
+        self._tables: ElementTables | None = None
         self._orders = {path: _names_in_order(site.module) for path, site in sites.items()}
         self._frozen_before = {id(p): (p, p.requires_grad) for p in network.parameters()}
         for parameter, _ in self._frozen_before.values():
             parameter.requires_grad_(False)
-        self._hooks = []
-        for name, gate in gates.items():
-            linear = network.get_submodule(name)
-            linear.add_module(_GATE, gate)
-            self._hooks.append(linear.register_forward_hook(_apply_gate))
+        self._hooks: dict[str, RemovableHandle] = {}
+        for name, part in on_linears.items():
+            network.get_submodule(name).add_module(_PART, part)
+        self._hook(on_linears)
         self._parametrize()
         self._embeddings = [m for m in network.modules() if is_radial_embedding(m)]
-        self.short_range = self._fade() if config.saturate and gates else None
+        self.short_range = self._fade() if config.saturate and self.gates else None
         network.__dict__[_HANDLE] = self
 
     # -- what trains ---------------------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained tensors, by the names they have in an adapter file."""
-        for name, gate in self.gates.items():
-            for key, parameter in gate.named_parameters():
-                yield f"gates.{name}.{key}", parameter
+        for name, part in self.on_linears.items():
+            for key, parameter in part.named_parameters():
+                yield f"{part.family}.{name}.{key}", parameter
         for path, update in self.updates.items():
             for key, parameter in update.named_parameters():
                 yield f"updates.{path}.{key}", parameter
@@ -221,11 +230,10 @@ class Adapter:
     def trainable(self) -> list[TrainableTensor]:
         """What trains, module by module."""
         rows = []
-        for name, gate in self.gates.items():
-            for part, order in (("down", "all"), ("shift", "0"), ("gain", ">=1")):
-                layer = getattr(gate, part)
-                if layer is not None:
-                    rows.append(TrainableTensor(name, f"gate.{part}", order, _count(layer)))
+        for name, part in self.on_linears.items():
+            for attribute, order in part.parts.items():
+                if (trained := getattr(part, attribute)) is not None:
+                    rows.append(TrainableTensor(name, f"{part.label}.{attribute}", order, _count(trained)))
         for path, update in self.updates.items():
             rows.append(TrainableTensor(path, update.label, "all", _count(update)))
         return rows
@@ -233,10 +241,32 @@ class Adapter:
     def counts(self) -> dict[str, int]:
         """Trained entries by kind of site: "gates", "tensor_product", "radial_layer", ..."""
         total: Counter[str] = Counter()
-        total["gates"] += sum(_count(gate) for gate in self.gates.values())
+        for part in self.on_linears.values():
+            total[part.family] += _count(part)
         for path, update in self.updates.items():
             total[self._sites[path].kind] += _count(update)
         return {kind: count for kind, count in total.items() if count}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The trained tensors by how they are optimised; within a group in the order of `parameters`."""
+        common = [p for part in self.on_linears.values() for p in part.parameters()]
+        groups = [ParameterGroup(common), *(group for update in self.updates.values() for group in update.groups())]
+        joined: list[ParameterGroup] = []
+        for rates, masked in sorted({(g.rates, g.decaying is not None) for g in groups}, reverse=True):
+            alike = [g for g in groups if (g.rates, g.decaying is not None) == (rates, masked)]
+            masks = tuple(m for g in alike for m in g.decaying or ()) if masked else None
+            joined.append(ParameterGroup([p for g in alike for p in g.parameters], rates, masks))
+        return [group for group in joined if group.parameters]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The tensors that are updated, by the paths of `updates`."""
+        return dict(self._sites)
+
+    @property
+    def equivariant(self) -> bool:
+        """Whether energies stay the same when a structure is turned; True for all methods but one."""
+        return METHODS[self.config.method].equivariant
 
     # -- on and off ----------------------------------------------------------------------------------------------
 
@@ -253,7 +283,7 @@ class Adapter:
     def _switch(self, value: bool) -> None:
         self._enabled = value
         self._set_updates(self.updates, value)
-        for part in self._ranged():
+        for part in self._switched():
             part.active = value
 
     @contextmanager
@@ -273,10 +303,9 @@ class Adapter:
             return
         self.unmerge()
         self._unparametrize()
-        for hook in self._hooks:
-            hook.remove()
-        for name in self.gates:
-            delattr(self.network.get_submodule(name), _GATE)
+        self._unhook(list(self._hooks))
+        for name in self.on_linears:
+            delattr(self.network.get_submodule(name), _PART)
         if self.short_range is not None:
             self.short_range.remove()
             delattr(self._embeddings[0], _SHORT_RANGE)
@@ -290,17 +319,19 @@ class Adapter:
     @property
     def foldable(self) -> bool:
         """Whether all of the adapter is a change of weights, so that `merge` leaves nothing to compute."""
-        return not self.gates
+        return not self.on_linears
 
     @property
     def merged(self) -> bool:
-        """Whether the weight updates are written into the weights at present."""
-        return bool(self._merged)
+        """Whether all that can be folded is folded at present."""
+        return bool(self._merged) or self._tables is not None
 
     def merge(self) -> list[str]:
         """Write the weight updates into the weights, for inference; gates depend on their input and stay.
 
-        The adapter can still be switched off and detached without loss: the backbone's own tensors are kept.
+        Gated layers that see nothing but an atom's element become tables of their results (`element_tables`). Neither
+        updates nor those gates can be trained while merged. The adapter can still be switched off and detached without
+        loss: the backbone's own tensors are kept.
 
         Returns:
             Paths of the folded tensors.
@@ -320,10 +351,16 @@ class Adapter:
                 for path, value in merged.items()
             }
             self.enabled = self._enabled
+        if self._tables is None:
+            self._tabulate()
         return list(self._merged)
 
     def unmerge(self) -> None:
-        """Undo `merge`: the updates can be trained again."""
+        """Undo `merge`: the adapter can be trained again."""
+        if self._tables is not None:
+            self._tables.remove()
+            self._tables = None
+            self._hook(name for name in self.on_linears if name not in self._hooks)
         if self._merged:
             for path, tensor in self._originals.items():
                 _put(self._sites[path], tensor)
@@ -366,8 +403,8 @@ class Adapter:
             for name, parameter in own.items():
                 parameter.copy_(state[name])
             for path, folded in self._merged.items():  # in place: the tensors in use stay the same objects
-                change = self.updates[path].change()
-                folded.copy_(self._originals[path].to(change) + change)
+                update = self.updates[path]
+                folded.copy_(update.applied(self._originals[path].to(next(update.parameters()))))
         for name, gate in self.gates.items():
             infinite = torch.full_like(gate.z_low, torch.inf)
             gate.set_range(
@@ -415,6 +452,10 @@ class Adapter:
         """The parts that know a range."""
         return [*self.gates.values(), *([] if self.short_range is None else [self.short_range])]
 
+    def _switched(self) -> list[LinearPart | ShortRange]:
+        """The parts, beside the weight updates, that can be switched off."""
+        return [*self.on_linears.values(), *([] if self.short_range is None else [self.short_range])]
+
     def _fade(self) -> ShortRange | None:
         radial = [path for path, site in self._sites.items() if site.kind in ("radial_layer", "radial_basis")]
         if not radial or len(self._embeddings) != 1:
@@ -437,6 +478,23 @@ class Adapter:
         )
         self._embeddings[0].add_module(_SHORT_RANGE, fade)
         return fade
+
+    def _hook(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._hooks[name] = self.network.get_submodule(name).register_forward_hook(_apply_part)
+
+    def _unhook(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._hooks.pop(name).remove()
+
+    def _tabulate(self) -> None:
+        chain = element_layers(self.network)
+        while chain and chain[-1] not in self.gates:
+            chain.pop()
+        layers = [self.network.get_submodule(name) for name in chain]
+        if layers and all(isinstance(layer, o3.Linear) for layer in layers):
+            self._tables = ElementTables([(layer, self.gates.get(n)) for n, layer in zip(chain, layers, strict=True)])
+            self._unhook(name for name in chain if name in self.gates)
 
     def _set_updates(self, paths: Iterable[str], value: bool) -> None:
         for path in paths:
@@ -463,14 +521,14 @@ class Adapter:
 
     def __repr__(self) -> str:
         return (
-            f"Adapter(method={self.config.method!r}, {self.n_parameters} parameters, {len(self.gates)} gates, "
+            f"Adapter(method={self.config.method!r}, {self.n_parameters} parameters, {len(self.on_linears)} gates, "
             f"{len(self.updates)} updates, enabled={self.enabled})"
         )
 
 
-def _apply_gate(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    gate = getattr(linear, _GATE)
-    return gate(inputs[0], output) if gate.active else output
+def _apply_part(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    part = getattr(linear, _PART)
+    return part(inputs[0], output) if part.active else output
 
 
 def _put(site: Site, tensor: Tensor) -> None:
@@ -481,8 +539,8 @@ def _put(site: Site, tensor: Tensor) -> None:
     where[site.tensor] = tensor
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _count(trained: nn.Module | nn.Parameter) -> int:
+    return trained.numel() if isinstance(trained, nn.Parameter) else sum(p.numel() for p in trained.parameters())
 
 
 def _names_in_order(module: nn.Module) -> tuple[list[str], list[str]]:

@@ -33,6 +33,7 @@ from .config import DEFAULT_BACKBONE, Precision
 from .errors import AdapterError, BackboneError, DataError
 from .graph import Batch, Graph, check_elements, move, same_neighbours
 from .mace_names import PUBLISHED
+from .methods import method_named
 from .potential import Potential
 
 AdapterSource = str | Path | AdapterFile
@@ -142,6 +143,12 @@ class MMEACalculator(Calculator):
             raise AdapterError(f"an adapter called {name!r} is loaded already: choose another name")
         file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
         file.check_backbone(self.backbone)
+        if not method_named(file.config.method).equivariant:
+            warnings.warn(
+                f"adapter {name!r} of method {file.config.method!r} is not equivariant: its energies change when a "
+                "structure is turned",
+                stacklevel=2,
+            )
         # On the device now, so that a committee does not copy its members there at every step.
         here = {key: t.to(self.potential.device, self.potential.dtype) for key, t in file.tensors.items()}
         before = self._mounted

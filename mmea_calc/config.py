@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
 DEFAULT_STEPS = 2000
+# One training of each method tells the order of large differences; a benchmark has three by default.
+COMPARE_SEEDS = (1,)
 
 Device = str
 Precision = Literal["float32", "float64"]
@@ -22,10 +24,14 @@ class AdapterConfig:
 
     Attributes:
         method: a name in `mmea_calc.methods.METHODS`.
-        gate_rank: width r of a gate's bottleneck (arXiv 2511.06696, eq. 3).
+        gate_rank: width r of a gate's bottleneck (arXiv 2511.06696, eq. 3), or of method "bottleneck"'s.
         low_rank: rank r of the low-rank weight updates.
         alpha: scale of the low-rank updates, W + (alpha / r) A B.
         phi: gain of orders l >= 1: "exp" is exp(g), "residual" is 1 + g.
+        nonlinearity: False leaves the SiLU of a gate's bottleneck out.
+        separate_bottlenecks: give a gate's two heads a bottleneck each.
+        shift: False leaves the shift of even scalars out.
+        gains: one gain per "channel", per "order" (irrep), or "none".
         init_std: standard deviation of W_0 at the start; 0 makes the adapted network equal its backbone exactly.
         saturate: outside the range seen in training, level gates off and fade radial functions back to the backbone's;
             False is the published adapter, which knows no range.
@@ -38,6 +44,10 @@ class AdapterConfig:
     low_rank: int = 16
     alpha: float = 16.0
     phi: Literal["exp", "residual"] = "exp"
+    nonlinearity: bool = True
+    separate_bottlenecks: bool = False
+    shift: bool = True
+    gains: Literal["channel", "order", "none"] = "channel"
     init_std: float = 0.0
     saturate: bool = True
     targets: tuple[str, ...] | None = None
@@ -55,9 +65,11 @@ class TrainConfig:
             least 20 and at most 300.
         batch_size: structures per optimisation step.
         lr: largest learning rate.
-        schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "plateau" multiplies it
-            by `plateau_factor` after `plateau_patience` epochs without a better validation loss.
-        warmup_steps: steps of linear warm-up (cosine schedule).
+        optimizer: "adamw", or "schedulefree": AdamW whose weights are averages of its own (arXiv 2405.15682); it takes
+            the "constant" schedule and `ema_decay` 0.
+        schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "constant" stays after it; "plateau"
+            multiplies it by `plateau_factor` after `plateau_patience` epochs without a better validation loss.
+        warmup_steps: steps of linear warm-up (cosine and constant schedules).
         plateau_factor, plateau_patience: of the plateau schedule.
         energy_weight: weight of the squared error of the energy per atom, (eV/atom)^2.
         forces_weight: weight of the mean squared error of the forces, (eV/A)^2.
@@ -68,7 +80,9 @@ class TrainConfig:
         stage_two_lr, stage_two_energy_weight, stage_two_forces_weight: of the second stage.
         ema_decay: decay of the exponential moving average of the weights; 0 switches it off.
         clip_norm: largest norm of the gradient.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay; of method "sparse" it acts on the changes that survive.
+        tau_lr: largest learning rate of the thresholds of method "sparse"; None: `lr`.
+        tau_weight_decay: decoupled weight decay of these thresholds (lambda_tau): the larger, the sparser.
         amsgrad: use the AMSGrad variant of Adam.
         seed: seed of splits, shuffling and initial values.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -80,7 +94,8 @@ class TrainConfig:
     epochs: int = 0
     batch_size: int = 2
     lr: float = 0.01
-    schedule: Literal["cosine", "plateau"] = "cosine"
+    optimizer: Literal["adamw", "schedulefree"] = "adamw"
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
     warmup_steps: int = 20
     plateau_factor: float = 0.8
     plateau_patience: int = 5
@@ -96,6 +111,8 @@ class TrainConfig:
     ema_decay: float = 0.99
     clip_norm: float = 10.0
     weight_decay: float = 0.0
+    tau_lr: float | None = None
+    tau_weight_decay: float = 0.01
     amsgrad: bool = True
     seed: int = 0
     device: Device = "auto"
@@ -221,6 +238,39 @@ class CheckConfig:
     min_bond_change_K: float = 1000.0
     max_drift_meV_per_atom_ps: float = 0.2
     max_forgetting: float = 2.0
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """How methods are compared: every method is trained on every system with every seed.
+
+    Attributes:
+        methods: NAME or NAME:field=value,field=value, a name in `mmea_calc.methods.METHODS` and fields of
+            `AdapterConfig` and `TrainConfig`, or `recipe`.
+        seeds: of the split into training and validation, of shuffling and of initial values.
+        backbone: name or path.
+        head: of a backbone with several.
+        recipe: a name in `mmea_calc.recipes.RECIPES`; None: every method's own.
+        epochs: instead of the recipe's; None leaves it.
+        valid_fraction: part of the training structures for validation; None: the data set's own.
+        E0s: see `resolve_reference_energies`; None: as the recipe has it.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: precision of the network; None: the recipe's.
+        tolerance: methods whose validation error is within this fraction of the lowest count as equal when one is
+            recommended.
+    """
+
+    methods: tuple[str, ...] = ("mmea", "elora", "full")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    backbone: str = DEFAULT_BACKBONE
+    head: str | None = None
+    recipe: str | None = None
+    epochs: int | None = None
+    valid_fraction: float | None = None
+    E0s: str | None = None
+    device: Device = "auto"
+    dtype: Precision | None = None
+    tolerance: float = 0.02
 
 
 def to_dict(config: Any) -> dict[str, Any]:

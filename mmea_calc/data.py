@@ -64,7 +64,7 @@ def read_dataset(
     paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
     if not paths:
         raise DataError("no data file was given: expected at least one")
-    files = [(p, _read_frames(p)) for p in paths]
+    files = [(p, read_frames(p)) for p in paths]
     named: dict[Label, str | None] = {"energy": energy_key, "forces": forces_key, "stress": stress_key}
     _check_named_keys(named, files)
     # Keys are detected per file: isolated atoms often come from another program than the training set.
@@ -100,11 +100,12 @@ def _names(paths: Sequence[Path]) -> str:
     return ", ".join(p.name for p in paths)
 
 
-def _read_frames(path: Path) -> list[Atoms]:
+def read_frames(path: Path) -> list[Atoms]:
+    """All structures of a file that ASE reads, with or without labels; raises DataError."""
     if not path.exists():
         raise DataError(f"{path}: there is no such file")
     if path.is_file() and path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; expected structures with labels")
+        raise DataError(f"{path}: the file is empty; expected structures")
     try:
         frames = _read_database(path) if path.suffix in _DATABASE_SUFFIXES else list(ase.io.iread(path, ":"))
     except Exception as error:  # ASE's readers raise whatever their parser meets: KeyError, struct.error, ...
@@ -113,7 +114,7 @@ def _read_frames(path: Path) -> list[Atoms]:
             f"{path}: cannot be read ({reason}); expected extended xyz, an ASE database, .traj or another format of ASE"
         ) from error
     if not frames:
-        raise DataError(f"{path}: the file holds no structure; expected structures with labels")
+        raise DataError(f"{path}: the file holds no structure; expected structures")
     return frames
 
 

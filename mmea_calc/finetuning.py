@@ -3,7 +3,8 @@
     read and check -> attach -> reference energies -> train -> record ranges -> errors, also of the backbone -> write
 
 The run folder holds all that a run was: `config.json` (resolved settings), `data.json` (report on the data and the
-split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity_valid.png` and `parity_test.png`.
+split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity_valid.png` and `parity_test.png`; for a sparse method
+also `sparsity.csv`, the entries left unchanged in every path.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -34,12 +35,19 @@ from .dataset import Dataset
 from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
 from .files import json_ready, write_text
+from .optimiser import check_optimiser
 from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
+from .sparsity import Sparsity, sparsity
 from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
+from .updates import SoftThreshold
 
-PACKAGES = ("mmea", "torch", "mace-torch", "e3nn", "ase", "matscipy", "numpy", "safetensors")
+NOT_EQUIVARIANT = (
+    "method {} is not equivariant: energies change when a structure is turned. It is a baseline for comparisons, and "
+    "dynamics refuses it"
+)
+PACKAGES = ("mmea", "torch", "mace-torch", "e3nn", "ase", "matscipy", "numpy", "safetensors", "schedulefree")
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ def finetune(
     training = training.for_structures(len(train))
     potential = Potential(backbone)
     samples = Samples(train, potential), Samples(valid, potential)
-    handle = attach(backbone.network, adapter)
+    handle = attach(backbone.network, adapter, start=start is None)
     try:
         if start is not None:
             # Its ranges would bound what is learnt from the new data; they count again once training is over.
@@ -179,6 +187,7 @@ def _check_settings(training: TrainConfig) -> None:
         raise TrainingError("the weights of the loss must not be negative")
     if not 0 <= training.ema_decay < 1:
         raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
+    check_optimiser(training)
 
 
 def _check_writable(output: Path, run_dir: Path) -> None:
@@ -244,6 +253,8 @@ class _Run:
         )
         for text in (self.energies.note, *self.energies.warnings):
             progress(ProgressEvent(message=text))
+        if not self.handle.equivariant:
+            progress(ProgressEvent(message=NOT_EQUIVARIANT.format(self.handle.config.method)))
         if self.handle.skipped:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.handle.skipped.items())
             progress(ProgressEvent(message=f"layers that stay as they are: {listed}"))
@@ -280,7 +291,8 @@ class _Run:
             assert evaluation.adapter is not None
             zero_shot[name] = _errors(evaluation.backbone.overall)
             fine_tuned[name] = _errors(evaluation.adapter.overall)
-        file = self._adapter_file(trainer, zero_shot, fine_tuned)
+        found = self._sparsity(trainer)
+        file = self._adapter_file(trainer, zero_shot, fine_tuned, found)
         write_adapter(self.output, file)
         self._write_log(trainer)
         self._draw(trainer, zero_shot["valid"], evaluations)
@@ -304,7 +316,11 @@ class _Run:
         return {name: evaluate(self.potential, dataset) for name, dataset in sets.items()}
 
     def _adapter_file(
-        self, trainer: Trainer, zero_shot: dict[str, Errors], fine_tuned: dict[str, Errors]
+        self,
+        trainer: Trainer,
+        zero_shot: dict[str, Errors],
+        fine_tuned: dict[str, Errors],
+        found: Sparsity | None,
     ) -> AdapterFile:
         backbone = self.potential.backbone
         # Elements that only the adapter of the start knows keep its energies.
@@ -336,6 +352,7 @@ class _Run:
                 "fine_tuned": {k: v.to_dict() for k, v in fine_tuned.items()},
                 "seconds": trainer.seconds,
                 "device": str(self.potential.device),
+                **({} if found is None else {"sparsity": {"overall": found.overall, "by_order": found.by_order()}}),
             },
             versions=versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -369,15 +386,20 @@ class _Run:
         }
         write_text(self.run_dir / "data.json", json.dumps(json_ready(data), indent=1))
 
+    def _sparsity(self, trainer: Trainer) -> Sparsity | None:
+        """Of a method that leaves entries unchanged: told, and kept path by path."""
+        if not any(isinstance(update, SoftThreshold) for update in self.handle.updates.values()):
+            return None
+        found = sparsity(self.handle)
+        orders = ", ".join(f"l = {k} {v:.1%}" if k.isdigit() else f"{k} {v:.1%}" for k, v in found.by_order().items())
+        text = f"{found.overall:.1%} of {found.n_entries:,} entries are left unchanged ({orders})"
+        trainer.progress(ProgressEvent(message=text))
+        _write_csv(self.run_dir / "sparsity.csv", found.to_dict()["paths"])
+        return found
+
     def _write_log(self, trainer: Trainer) -> None:
-        if not trainer.log:
-            return
-        names = list(dict.fromkeys(key for row in trainer.log for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(trainer.log)
-        write_text(self.run_dir / "log.csv", text.getvalue())
+        if trainer.log:
+            _write_csv(self.run_dir / "log.csv", trainer.log)
 
     def _draw(self, trainer: Trainer, zero_shot: Errors, evaluations: dict[str, Evaluation]) -> None:
         from . import plots  # matplotlib is slow to import and not needed before
@@ -390,6 +412,15 @@ class _Run:
             plots.parity(
                 evaluation.parity(), file, title=f"{evaluation.dataset.name}: {len(evaluation.dataset)} structures"
             )
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def versions() -> dict[str, str]:

@@ -21,11 +21,21 @@ set is known (`set_range`), z is left alone inside it, to the last bit, and leve
     c = clamp(z, low, high),   z <- c + w tanh((z - c) / w),   w = MARGIN (high - low).
 
 tanh(u) = u + O(u^3), so this is twice continuously differentiable, and z never leaves [low - w, high + w].
+
+The paper's ablations are options:
+
+| option | what changes |
+|---|---|
+| `nonlinearity=False` | z = W_down h0 + b_down |
+| `separate_bottlenecks=True` | g0 and g have a W_down, b_down and z each; the second is `gain_down` |
+| `shift=False` | no g0; a layer with even scalars alone at its output then carries no gate |
+| `gains="order"` | one g per irrep (order and parity) of y, shared by its multiplicities |
+| `gains="none"` | no g; a layer without even scalars at its output then carries no gate |
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +44,7 @@ from torch.nn import functional as F
 from ._e3nn import o3
 
 Phi = Literal["exp", "residual"]
+Gains = Literal["channel", "order", "none"]
 
 # How far beyond its range z may go, in widths of the range. Largest forces on two atoms at 0.3 A and beyond, over those
 # of the bare embedded backbone, worst of eight random draws (gate weights of spread 0.03 / 0.05): 9 / 620 at 0.25,
@@ -46,16 +57,25 @@ MARGIN = 0.25
 MIN_RANGE_WIDTH = 1e-3
 
 
-def reason_not_gatable(linear: Any) -> str | None:
-    """Why the `o3.Linear` layer `linear` cannot carry a gate; None if it can."""
+def reason_not_adaptable(linear: Any) -> str | None:
+    """Why nothing can act on the output of the `o3.Linear` layer `linear`; None if something can."""
     if not linear.internal_weights:
         return "it has no weights of its own"
     if linear.weight.dim() != 1:
         return "it maps several features at once (f_in, f_out)"
-    if not _even_scalars(linear.irreps_in):
-        return f"its input {linear.irreps_in} has no even scalar (0e) for the gate to see"
     if linear.irreps_out.dim == 0:
         return "its output is empty"
+    return None
+
+
+def reason_not_gatable(linear: Any, *, shift: bool = True, gains: Gains = "channel") -> str | None:
+    """Why the `o3.Linear` layer `linear` cannot carry a gate with these heads; None if it can."""
+    if reason := reason_not_adaptable(linear):
+        return reason
+    if not _even_scalars(linear.irreps_in):
+        return f"its input {linear.irreps_in} has no even scalar (0e) for the gate to see"
+    if not _output_blocks(linear.irreps_out, shift, gains):
+        return f"its output {linear.irreps_out} has nothing that a gate with shift={shift}, gains={gains!r} acts on"
     return None
 
 
@@ -80,13 +100,20 @@ class MagnitudeGate(nn.Module):
         phi: "exp" or "residual".
         saturate: level z off outside the range given to `set_range`.
         init_std: standard deviation of W_0 at the start.
+        nonlinearity, separate_bottlenecks, shift, gains: see the table of ablations above; the defaults are the
+            published gate.
         generator: source of the initial values.
 
     Channels that are not even scalars, odd scalars (0o) among them, take part in the gain: a shift by an
     invariant would break their behaviour under reflection, a factor does not.
     """
 
-    z_low: Tensor
+    family: ClassVar[str] = "gates"  # first word of its tensors' names in an adapter file
+    label: ClassVar[str] = "gate"
+    # its layers, and the order l that each acts on
+    parts: ClassVar[dict[str, str]] = {"down": "all", "gain_down": ">=1", "shift": "0", "gain": ">=1"}
+
+    z_low: Tensor  # (r,), or (2r,) with separate bottlenecks: of the shift, then of the gains
     z_high: Tensor
 
     def __init__(
@@ -97,38 +124,40 @@ class MagnitudeGate(nn.Module):
         phi: Phi = "exp",
         saturate: bool = True,
         init_std: float = 0.0,
+        nonlinearity: bool = True,
+        separate_bottlenecks: bool = False,
+        shift: bool = True,
+        gains: Gains = "channel",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if reason := reason_not_gatable(linear):
+        if reason := reason_not_gatable(linear, shift=shift, gains=gains):
             raise ValueError(f"this layer cannot be gated: {reason}")
-        self.rank, self.phi, self.saturate = rank, phi, saturate
+        self.rank, self.phi, self.saturate, self.nonlinearity = rank, phi, saturate, nonlinearity
         self.scalars = _even_scalars(linear.irreps_in)
-        self.blocks = _output_blocks(linear.irreps_out)
+        self.blocks = _output_blocks(linear.irreps_out, shift, gains)
         m0 = sum(s.stop - s.start for s in self.scalars)
-        k0 = sum(b.channels for b in self.blocks if b.shifted)
-        k1 = sum(b.channels for b in self.blocks if not b.shifted)
+        k0 = max((b.heads.stop for b in self.blocks if b.shifted), default=0)
+        k1 = max((b.heads.stop for b in self.blocks if not b.shifted), default=0)
 
         like: dict[str, Any] = dict(dtype=linear.weight.dtype, device=linear.weight.device)
-        self.down = _linear(m0, rank, **like)
-        # torch's default for a Linear layer, drawn from our own generator
-        bound = m0**-0.5
-        uniform = torch.rand(rank, m0, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-        self.down.weight.data.copy_(uniform)
+        self.down = _bottleneck(m0, rank, generator, **like)
+        self.gain_down = _bottleneck(m0, rank, generator, **like) if separate_bottlenecks and k0 and k1 else None
         self.shift = _linear(rank, k0, **like) if k0 else None
         if self.shift is not None and init_std > 0:
             normal = torch.randn(k0, rank, generator=generator, dtype=torch.float64)
             self.shift.weight.data.copy_(init_std * normal)
         self.gain = _linear(rank, k1, **like) if k1 else None
 
-        self.register_buffer("z_low", torch.full((rank,), -torch.inf, **like))
-        self.register_buffer("z_high", torch.full((rank,), torch.inf, **like))
+        width = rank if self.gain_down is None else 2 * rank
+        self.register_buffer("z_low", torch.full((width,), -torch.inf, **like))
+        self.register_buffer("z_high", torch.full((width,), torch.inf, **like))
         self.calibrated = False
         self.recording = False
         self.active = True  # read by whoever applies the gate
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take [low, high], shape (r,) each, as the range of z seen in training."""
+        """Take [low, high], shaped like `z_low`, as the range of z seen in training."""
         with torch.no_grad():
             self.z_low.copy_(low)
             self.z_high.copy_(high)
@@ -162,8 +191,15 @@ class MagnitudeGate(nn.Module):
         return torch.clamp(self.z_high - self.z_low, min=MIN_RANGE_WIDTH)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """z of eq. 3 for input features x of shape (..., irreps_in.dim), before it levels off: (..., r)."""
-        return F.silu(self.down(self._scalars(x)))
+        """z of eq. 3 for input features x of shape (..., irreps_in.dim), before it levels off: (..., r).
+
+        With separate bottlenecks that of the shift and that of the gains, one after the other: (..., 2r).
+        """
+        h0 = self._scalars(x)
+        z = self.down(h0)
+        if self.gain_down is not None:
+            z = torch.cat([z, self.gain_down(h0)], dim=-1)
+        return F.silu(z) if self.nonlinearity else z
 
     def excess(self, x: Tensor) -> Tensor:
         """How far z lies outside the training range, in widths of that range: (...,), 0 inside."""
@@ -180,19 +216,23 @@ class MagnitudeGate(nn.Module):
         """
         z = self.bottleneck(x)
         if self.recording:
-            flat = z.detach().reshape(-1, self.rank)
+            flat = z.detach().reshape(-1, z.shape[-1])
             if flat.shape[0]:
                 self.z_low.copy_(torch.minimum(self.z_low, flat.amin(0)))
                 self.z_high.copy_(torch.maximum(self.z_high, flat.amax(0)))
         elif self.saturate and self.calibrated:
             z = self._level_off(z)
-        shift = self.shift(z) if self.shift is not None else None  # eq. 4
+        z_shift, z_gain = (z, z) if self.gain_down is None else z.split(self.rank, dim=-1)
+        shift = self.shift(z_shift) if self.shift is not None else None  # eq. 4
         gain = None
         if self.gain is not None:  # eqs. 5, 6
-            g = self.gain(z)
+            g = self.gain(z_gain)
             gain = torch.exp(g) if self.phi == "exp" else 1 + g
-        parts = []
+        parts, end = [], 0
         for block in self.blocks:
+            if end < block.where.start:  # what an ablated head leaves alone
+                parts.append(y[..., end : block.where.start])
+            end = block.where.stop
             piece = y[..., block.where]
             if block.shifted:
                 assert shift is not None
@@ -201,6 +241,8 @@ class MagnitudeGate(nn.Module):
                 assert gain is not None
                 channels = piece.unflatten(-1, (block.channels, block.components))
                 parts.append((channels * gain[..., block.heads].unsqueeze(-1)).flatten(-2))  # eq. 8
+        if end < y.shape[-1]:
+            parts.append(y[..., end:])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def extra_repr(self) -> str:
@@ -215,17 +257,33 @@ class _Block:
         self.channels, self.components, self.shifted = channels, components, shifted
 
 
-def _output_blocks(irreps: o3.Irreps) -> list[_Block]:
+def _output_blocks(irreps: o3.Irreps, shift: bool, gains: Gains) -> list[_Block]:
+    """The runs that a gate acts on; several runs of an irrep share one output of the gain head if gains is "order"."""
     blocks: list[_Block] = []
     used = {True: 0, False: 0}
+    of_irrep: dict[o3.Irrep, slice] = {}
     for (mul, ir), where in zip(irreps, irreps.slices(), strict=True):
-        if mul == 0:
-            continue
         shifted = ir.l == 0 and ir.p == 1
-        heads = slice(used[shifted], used[shifted] + mul)
-        used[shifted] += mul
+        if mul == 0 or not (shift if shifted else gains != "none"):
+            continue
+        shared = gains == "order" and not shifted
+        heads = slice(used[shifted], used[shifted] + (1 if shared else mul))
+        if shared:
+            heads = of_irrep.setdefault(ir, heads)
+        used[shifted] = max(used[shifted], heads.stop)
         blocks.append(_Block(where, heads, mul, ir.dim, shifted))
     return blocks
+
+
+def _bottleneck(
+    n_in: int, rank: int, generator: torch.Generator | None, *, dtype: torch.dtype, device: torch.device
+) -> nn.Linear:
+    """A linear layer with torch's default weights, drawn from our own generator, and no bias yet."""
+    layer = _linear(n_in, rank, dtype=dtype, device=device)
+    bound = n_in**-0.5
+    uniform = torch.rand(rank, n_in, generator=generator, dtype=torch.float64) * (2 * bound) - bound
+    layer.weight.data.copy_(uniform)
+    return layer
 
 
 def _linear(n_in: int, n_out: int, *, dtype: torch.dtype, device: torch.device) -> nn.Linear:

@@ -17,6 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -197,6 +198,18 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def fresh_tensors(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """The parameters of a freshly initialised network of `network`'s shape, by name, in float64.
+
+    Raises:
+        BackboneError: `network` is none that `build_network` can build.
+    """
+    config = config_of(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {name: p.detach() for name, p in build_network(config).named_parameters()}
+
+
 # --- network -> config ----------------------------------------------------------------------------------------------
 
 
@@ -323,6 +336,12 @@ def is_contraction(module: object) -> bool:
     return _is_instance(module, "mace.modules.symmetric_contraction", "Contraction")
 
 
+def contraction_order(contraction: Any) -> int:
+    """The order l of the output of one irrep's part of a symmetric contraction."""
+    u = contraction.U_tensors(1)  # (2l+1, n, k); the first axis is absent for l = 0
+    return (int(u.shape[0]) - 1) // 2 if u.dim() == 3 else 0
+
+
 def is_bessel(module: object) -> bool:
     """Whether this is mace's Bessel basis (arXiv 2206.07697, eq. 7)."""
     return _is_instance(module, "mace.modules.radial", "BesselBasis")
@@ -346,6 +365,40 @@ def interaction_blocks(network: nn.Module) -> list[tuple[str, Any]]:
     """Name and module of every interaction block: `conv_tp` makes messages from features, harmonics and weights."""
     where, name = "mace.modules.blocks", "InteractionBlock"
     return [(path, module) for path, module in network.named_modules() if _is_instance(module, where, name)]
+
+
+def element_layers(network: nn.Module) -> list[str]:
+    """Paths of the linear layers of a MACE network that see nothing but an atom's element, in the order of their calls.
+
+    The first takes the one-hot `node_attrs`, a later one what the one before gives. Where charge or spin are embedded,
+    they are added in between. Empty for any other network.
+    """
+    if not _is_instance(network, "mace.modules.models", "MACE"):
+        return []
+    embedding = ["node_embedding.linear"]
+    return embedding if hasattr(network, "joint_embedding") else [*embedding, "interactions.0.linear_up"]
+
+
+def convolution_paths(network: nn.Module) -> dict[str, list[tuple[str, int, int]]]:
+    """Which columns of the radial MLPs' last layers weight which paths of the convolutions.
+
+    Returns:
+        Path of the last layer's weight, (hidden, columns) -> for each run of columns: irreps of features, harmonics and
+        messages, such as "1o x 2e -> 1o", the order l of the messages, the number of columns.
+    """
+    found = {}
+    for name, block in interaction_blocks(network):
+        product, layers = block.conv_tp, [n for n, _ in block.conv_tp_weights.named_children()]
+        weight = getattr(getattr(block.conv_tp_weights, layers[-1]), "weight", None) if layers else None
+        if weight is None or not hasattr(product, "instructions") or weight.shape[-1] != product.weight_numel:
+            continue
+        runs = []
+        for ins in (i for i in product.instructions if i.has_weight):
+            one, two = product.irreps_in1[ins.i_in1].ir, product.irreps_in2[ins.i_in2].ir
+            out = product.irreps_out[ins.i_out].ir
+            runs.append((f"{one} x {two} -> {out}", int(out.l), prod(ins.path_shape)))
+        found[f"{name}.conv_tp_weights.{layers[-1]}.weight"] = runs
+    return found
 
 
 def is_untrained(parameter: object) -> bool:

@@ -54,14 +54,21 @@ def accept_neutral_graphs(network: nn.Module) -> None:
     if not known:
         return
 
-    def fill(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    network.register_forward_pre_hook(_Fill(known))
+
+
+class _Fill:
+    """Puts values that every graph has into the input of a network, where they are absent."""
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        self.values = values
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         data = dict(arguments[0])
-        for name, value in known.items():
+        for name, value in self.values.items():
             if name not in data:
                 data[name] = data["positions"].new_full((len(data["ptr"]) - 1,), value)
         return (data, *arguments[1:])
-
-    network.register_forward_pre_hook(fill)
 
 
 def repeat_to_the_bit(network: nn.Module) -> None:
@@ -73,6 +80,16 @@ def repeat_to_the_bit(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, o3.SphericalHarmonics):
             module.__dict__["forward"] = partial(_spherical_harmonics_forward, module)
+
+
+def restore_plain(network: nn.Module) -> None:
+    """Undo `accept_neutral_graphs` and `repeat_to_the_bit`, so that the network can go where this package is not."""
+    for key, hook in list(network._forward_pre_hooks.items()):
+        if isinstance(hook, _Fill):
+            del network._forward_pre_hooks[key]
+    for module in network.modules():
+        if isinstance(module, o3.SphericalHarmonics):
+            module.__dict__.pop("forward", None)
 
 
 def _spherical_harmonics_forward(self: Any, x: Tensor) -> Tensor:

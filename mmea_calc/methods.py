@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from ._e3nn import FullyConnectedNet, o3
 from .config import AdapterConfig
 from .errors import AdapterError
-from .mace_bridge import is_bessel, is_contraction, is_untrained
-from .updates import Block, Dense, LowRank, Update
+from .feature_bottleneck import FeatureBottleneck
+from .gates import MagnitudeGate, reason_not_adaptable, reason_not_gatable
+from .mace_bridge import contraction_order, fresh_tensors, is_bessel, is_contraction, is_untrained
+from .updates import Block, Dense, LowRank, Replacement, SoftThreshold, Update
 
 Kind = Literal[
     "linear", "tensor_product", "radial_layer", "contraction_highest", "contraction_lower", "radial_basis", "other"
@@ -63,6 +65,24 @@ class Site:
     def value(self) -> Tensor:
         return getattr(self.module, self.tensor)
 
+    def by_path(self, tensor: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
+        """The entries of a tensor of this site's shape, path by path.
+
+        Returns:
+            Name of the path (see `Block.path`; empty where the tensor is not made of paths), order l of its output
+            (None where it has none), its entries.
+        """
+        sizes = [prod(block.rows) * block.columns for block in self.blocks]
+        if sum(sizes) != tensor.numel():
+            yield "", None, tensor
+            return
+        for block, part in zip(self.blocks, tensor.flatten().split(sizes), strict=True):
+            if len(block.rows) == 2:  # elements, paths
+                for number, entries in enumerate(part.view(*block.rows, block.columns).unbind(1)):
+                    yield f"{block.path}, path {number}", block.order, entries
+            else:
+                yield block.path, block.order, part
+
 
 UpdateFactory = Callable[[Site, AdapterConfig, torch.Generator], Update]
 
@@ -75,21 +95,74 @@ def dense(site: Site, config: AdapterConfig, generator: torch.Generator) -> Upda
     return Dense(site.value)
 
 
+def sparse(site: Site, config: AdapterConfig, generator: torch.Generator) -> Update:
+    return SoftThreshold(site.value, generator=generator)
+
+
+def replacement(site: Site, config: AdapterConfig, generator: torch.Generator) -> Update:
+    return Replacement(site.value)
+
+
+LinearPart = MagnitudeGate | FeatureBottleneck
+
+
+@dataclass(frozen=True)
+class OnLinears:
+    """What acts on the output of `o3.Linear` layers.
+
+    Attributes:
+        make: (layer, config, generator) -> module that maps the layer's input and output to a new output.
+        reason_not: (layer, config) -> why this layer cannot have one; None if it can.
+    """
+
+    make: Callable[[Any, AdapterConfig, torch.Generator], LinearPart]
+    reason_not: Callable[[Any, AdapterConfig], str | None]
+
+
+def magnitude_gate(linear: Any, config: AdapterConfig, generator: torch.Generator) -> LinearPart:
+    return MagnitudeGate(
+        linear,
+        rank=config.gate_rank,
+        phi=config.phi,
+        saturate=config.saturate,
+        init_std=config.init_std,
+        nonlinearity=config.nonlinearity,
+        separate_bottlenecks=config.separate_bottlenecks,
+        shift=config.shift,
+        gains=config.gains,
+        generator=generator,
+    )
+
+
+def feature_bottleneck(linear: Any, config: AdapterConfig, generator: torch.Generator) -> LinearPart:
+    return FeatureBottleneck(linear, rank=config.gate_rank, generator=generator)
+
+
+_GATES = OnLinears(magnitude_gate, lambda linear, c: reason_not_gatable(linear, shift=c.shift, gains=c.gains))
+_BOTTLENECKS = OnLinears(feature_bottleneck, lambda linear, c: reason_not_adaptable(linear))
+
+
 @dataclass(frozen=True)
 class Method:
     """What a method attaches.
 
     Attributes:
         summary: one line for users.
-        gates: put a magnitude gate on every `o3.Linear`.
+        gates: what it puts on every `o3.Linear`, if anything.
         updates: kind of site -> update; kinds that are absent stay frozen.
         only: shell-style patterns of module names that the method is restricted to by nature.
+        start: (network, seed) -> tensor path -> value that a `Replacement` starts from.
+        identity: whether the adapted network equals its backbone to the bit before it is trained.
+        equivariant: whether energies stay the same when a structure is turned.
     """
 
     summary: str
-    gates: bool = False
+    gates: OnLinears | None = None
     updates: Mapping[str, UpdateFactory] = field(default_factory=dict)
     only: tuple[str, ...] = ("*",)
+    start: Callable[[nn.Module, int], Mapping[str, Tensor]] | None = None
+    identity: bool = True
+    equivariant: bool = True
 
 
 # What MMEA and ELoRA share: everything that is no o3.Linear (arXiv 2511.06696).
@@ -100,17 +173,25 @@ _BESIDE_LINEARS: dict[str, UpdateFactory] = {
     "contraction_lower": dense,
     "radial_basis": dense,
 }
-_EVERYTHING: dict[str, UpdateFactory] = dict.fromkeys(
-    ("linear", "tensor_product", "radial_layer", "contraction_highest", "contraction_lower", "radial_basis", "other"),
-    dense,
-)
+_PATHS: tuple[str, ...] = ("linear", "tensor_product", "radial_layer", "contraction_highest", "contraction_lower")
+_ALL: tuple[str, ...] = (*_PATHS, "radial_basis", "other")
 
 METHODS: dict[str, Method] = {
-    "mmea": Method("gates on every linear layer, low-rank updates of the rest", gates=True, updates=_BESIDE_LINEARS),
-    "gates": Method("gates on every linear layer, nothing else", gates=True),
+    "mmea": Method("gates on every linear layer, low-rank updates of the rest", gates=_GATES, updates=_BESIDE_LINEARS),
+    "gates": Method("gates on every linear layer, nothing else", gates=_GATES),
     "elora": Method("low-rank updates of every layer (ELoRA)", updates={**_BESIDE_LINEARS, "linear": low_rank}),
-    "full": Method("every parameter of the backbone", updates=_EVERYTHING),
-    "readout": Method("the readouts alone", updates=_EVERYTHING, only=("readouts", "readouts.*")),
+    "sparse": Method("soft-thresholded changes of few weights", updates=dict.fromkeys(_PATHS, sparse), identity=False),
+    "full": Method("every parameter of the backbone", updates=dict.fromkeys(_ALL, dense)),
+    "readout": Method("the readouts alone", updates=dict.fromkeys(_ALL, dense), only=("readouts", "readouts.*")),
+    "scratch": Method(
+        "a fresh network of the backbone's shape",
+        updates=dict.fromkeys(_ALL, replacement),
+        start=fresh_tensors,
+        identity=False,
+    ),
+    "bottleneck": Method(
+        "conventional adapters of the features; not equivariant", gates=_BOTTLENECKS, equivariant=False
+    ),
 }
 
 
@@ -160,14 +241,20 @@ def _sites_of(name: str, module: nn.Module) -> Iterator[Site]:
 
 
 def _contraction_sites(name: str, contraction: Any) -> Iterator[Site]:
-    highest = contraction.weights_max
+    highest, degree, order = contraction.weights_max, int(contraction.correlation), contraction_order(contraction)
     if not is_untrained(highest):
-        n_elements, n_paths, n_channels = highest.shape
-        block = Block((n_elements, n_paths), n_channels, std=1 / n_paths)
-        yield Site(name, "contraction_highest", contraction, "weights_max", (block,))
-    for tensor, lower in contraction.weights.named_parameters():
+        yield Site(
+            name, "contraction_highest", contraction, "weights_max", (_contraction_block(highest, degree, order),)
+        )
+    for number, (tensor, lower) in enumerate(contraction.weights.named_parameters(), 1):
         if not is_untrained(lower):
-            yield Site(f"{name}.weights", "contraction_lower", contraction.weights, tensor)
+            block = _contraction_block(lower, degree - number, order)
+            yield Site(f"{name}.weights", "contraction_lower", contraction.weights, tensor, (block,))
+
+
+def _contraction_block(weight: Tensor, degree: int, order: int) -> Block:
+    n_elements, n_paths, n_channels = weight.shape
+    return Block((n_elements, n_paths), n_channels, 1 / n_paths, f"nu={degree} -> l={order}", order)
 
 
 def _linear_blocks(linear: Any) -> Iterator[Block]:
@@ -177,8 +264,10 @@ def _linear_blocks(linear: Any) -> Iterator[Block]:
     """
     paths = [ins for ins in linear.instructions if ins.i_in >= 0 and prod(ins.path_shape)]
     for _, group in groupby(paths, key=lambda ins: (ins.i_out, linear.irreps_in[ins.i_in].ir)):
-        shapes = [ins.path_shape for ins in group]
-        yield Block((sum(rows for rows, _ in shapes),), shapes[0][1])
+        stacked = list(group)
+        ir_in, ir_out = linear.irreps_in[stacked[0].i_in].ir, linear.irreps_out[stacked[0].i_out].ir
+        rows, columns = sum(ins.path_shape[0] for ins in stacked), stacked[0].path_shape[1]
+        yield Block((rows,), columns, path=f"{ir_in} -> {ir_out}", order=ir_out.l)
 
 
 def _product_blocks(product: Any) -> Iterator[Block]:
@@ -186,4 +275,6 @@ def _product_blocks(product: Any) -> Iterator[Block]:
     for ins in product.instructions:
         if ins.has_weight and prod(ins.path_shape):
             *rows, columns = ins.path_shape
-            yield Block((prod(rows),), columns)
+            one, two = product.irreps_in1[ins.i_in1].ir, product.irreps_in2[ins.i_in2].ir
+            ir_out = product.irreps_out[ins.i_out].ir
+            yield Block((prod(rows),), columns, path=f"{one} x {two} -> {ir_out}", order=ir_out.l)

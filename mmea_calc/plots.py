@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette: readable with every common colour blindness, and in grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
+# The palette goes on, for many series.
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black", "#8A6D3B", "#6A3D9A", "#B2DF8A")
 DPI = 150
 # Beyond this many points a scatter is drawn with small, faint marks.
 CROWDED = 5000
@@ -70,14 +72,14 @@ def learning_curve(
     rows = _read_rows(history) if isinstance(history, str | Path) else list(history)
     if not rows:
         raise MMEAError("a learning curve needs at least one epoch; the history is empty: train for one epoch or more")
-    figure, (losses, energy, forces) = _panels(1, 3, size=(12.0, 3.6), title=title)
+    figure, (losses, energy, forces) = make_panels(1, 3, size=(12.0, 3.6), title=title)
     for column, label, colour in (
         ("loss", "total", "black"),
         ("energy_loss", "energy", ORANGE),
         ("forces_loss", "forces", BLUE),
     ):
         _curve(losses, rows, column, label, colour)
-    _finish(losses, "Epoch", "Training loss")
+    finish_panel(losses, "Epoch", "Training loss")
     for axes, column, quantity, colour in (
         (energy, "valid_energy_mae_meV_per_atom", "Energy MAE (meV/atom)", ORANGE),
         (forces, "valid_forces_mae_meV_per_A", "Forces MAE (meV/Å)", BLUE),
@@ -86,8 +88,8 @@ def learning_curve(
         bare = float((zero_shot or {}).get(column, math.nan))
         if best and math.isfinite(bare):
             axes.axhline(bare, color=GREY, linestyle="--", label=f"backbone alone ({_number(bare)})")
-        _finish(axes, "Epoch", f"Validation: {quantity}")
-    return _save(figure, Path(path))
+        finish_panel(axes, "Epoch", f"Validation: {quantity}")
+    return save_figure(figure, Path(path))
 
 
 def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | None = None) -> Path:
@@ -113,7 +115,7 @@ def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | Non
         ):
             if np.shape(a) != np.shape(b):
                 raise MMEAError(f"{s.label}: predicted {quantity} have shape {np.shape(a)}, labels {np.shape(b)}")
-    figure, (energy, forces) = _panels(1, 2, size=(10.0, 5.0), title=title)
+    figure, (energy, forces) = make_panels(1, 2, size=(10.0, 5.0), title=title)
     labels = np.asarray(series[-1].reference_energy, dtype=float)
     origin = float(labels.mean()) if labels.size else 0.0
     _parity_panel(
@@ -129,7 +131,7 @@ def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | Non
         unit="meV/Å",
         scale=1e3,
     )
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def dynamics(
@@ -164,9 +166,9 @@ def dynamics(
         time, unit = time / 1000, "ps"
     else:
         unit = "fs"
-    figure, (top, bottom) = _panels(2, 1, size=(8.0, 5.4), title=title, sharex=True)
+    figure, (top, bottom) = make_panels(2, 1, size=(8.0, 5.4), title=title, sharex=True)
     top.plot(time, energy - energy[0], color=BLUE, linewidth=1.1)
-    _finish(top, "", "Potential energy from start (eV)", legend=False)
+    finish_panel(top, "", "Potential energy from start (eV)", legend=False)
     bottom.plot(time, kelvin, color=ORANGE, linewidth=1.1, label="instantaneous")
     running = np.cumsum(kelvin) / np.arange(1, kelvin.size + 1)
     bottom.plot(time, running, color="black", linewidth=1.6, label=f"running mean (last: {running[-1]:.0f} K)")
@@ -175,10 +177,10 @@ def dynamics(
             target_temperature_K, color=GREY, linestyle="--", label=f"thermostat ({target_temperature_K:g} K)"
         )
     bottom.set_ylim(0, max(1.25 * float(kelvin.max()), 1.25 * (target_temperature_K or 0.0), 1.0))
-    _finish(bottom, f"Time ({unit})", "Temperature (K)")
+    finish_panel(bottom, f"Time ({unit})", "Temperature (K)")
     if time.size > 1:
         bottom.set_xlim(time[0], time[-1])
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _read_rows(path: str | Path) -> list[dict[str, str]]:
@@ -214,12 +216,16 @@ def _curve(
     axes.plot(epochs, values, color=colour, label=label, linewidth=1.5, marker=mark, markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if values.min() > 0:
-        axes.set_yscale("log")
-        # Plain numbers: 0.5 and 20 read better than powers of ten over the one or two decades of a training.
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axes.yaxis.set_minor_formatter(lambda y, _: _minor_label(y, *axes.get_ylim()))
-        axes.tick_params(axis="y", which="minor", labelsize=8)
+        plain_log_scale(axes)
     return True
+
+
+def plain_log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers: 0.5 and 20 read better than powers of ten over one or two decades."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: _minor_label(y, *axes.get_ylim()))
+    axes.tick_params(axis="y", which="minor", labelsize=8)
 
 
 def _minor_label(value: float, low: float, high: float) -> str:
@@ -270,7 +276,7 @@ def _parity_panel(
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal", adjustable="box")
-    _finish(axes, f"Label: {quantity}", f"Prediction: {quantity}")
+    finish_panel(axes, f"Label: {quantity}", f"Prediction: {quantity}")
     if legend := axes.get_legend():
         for handle in legend.legend_handles:
             if handle is not None:
@@ -290,9 +296,10 @@ def _limits(data: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[float, 
     return float(chosen.min()) - margin, float(chosen.max()) + margin
 
 
-def _panels(
+def make_panels(
     rows: int, columns: int, *, size: tuple[float, float], title: str | None, sharex: bool = False
 ) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of its own, `size` in inches, and its rows x columns panels, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -304,7 +311,8 @@ def _panels(
     return figure, list(np.ravel(axes))
 
 
-def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
+def finish_panel(axes: Axes, x: str, y: str, legend: bool = True) -> None:
+    """Labels with units, a faint grid, no frame, and a legend where something is labelled."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
@@ -315,7 +323,7 @@ def _finish(axes: Axes, x: str, y: str, legend: bool = True) -> None:
         axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write the figure under a temporary name and rename it, so that a picture is whole or absent."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")

@@ -77,7 +77,7 @@ class Potential:
         file.check_backbone(self.backbone)
         if self.adapter is None or not _same_form(self.adapter.config, file.config):
             self.use(None)  # from here on a failure leaves the bare backbone, not half of two adapters
-            fresh = attach(self.backbone.network, file.config)
+            fresh = attach(self.backbone.network, file.config, start=False)
             try:
                 fresh.load_state_dict(file.tensors)
             except AdapterError:

@@ -8,6 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_SPARSE: Mapping[str, Any] = {
+    "optimizer": "schedulefree",
+    "schedule": "constant",
+    "ema_decay": 0.0,
+    "batch_size": 64,
+    "lr": 0.01,
+    "weight_decay": 1e-8,
+    "tau_weight_decay": 0.01,
+}
+
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     # arXiv 2511.06696, section 4 and its authors' code: E0s fitted to the training energies are an option of their
@@ -35,6 +45,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     },
     # Full fine-tuning bears a smaller rate than adapters (arXiv 2606.12704); 0.003 is ahead of 0.001 on rMD17 aspirin.
     "full": {"lr": 0.003},
+    # arXiv 2606.18691: low ("sparse") and high ("sparse-H") sparsity.
+    "sparse": _SPARSE,
+    "sparse-H": {**_SPARSE, "tau_weight_decay": 0.3},
 }
 
 

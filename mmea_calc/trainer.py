@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from .errors import TrainingError
 from .files import replacing
 from .graph import Graph
 from .loss import Labels, Loss, batch_loss, collect_labels
+from .optimiser import Optimiser
 from .potential import Potential
 
 CHECKPOINT_VERSION = 1
@@ -89,34 +89,6 @@ class Samples:
     def labels(self, indices: Sequence[int], potential: Potential) -> Labels:
         chosen = [self.structures[i] for i in indices]
         return collect_labels(chosen, dtype=potential.dtype, device=potential.device)
-
-
-class Averages:
-    """Exponential moving averages of parameters; the memory is short at first: min(decay, (1 + n) / (10 + n))."""
-
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.decay = decay
-        self.parameters: list[Tensor] = list(parameters)
-        self.values = [p.detach().clone() for p in self.parameters]
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the parameters have their averaged values."""
-        with torch.no_grad():
-            kept = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.values)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
 
 
 def measure(potential: Potential, samples: Samples, config: TrainConfig, *, stage: int = 1) -> Errors:
@@ -193,13 +165,10 @@ class Trainer:
         self.train, self.valid = train, valid
         self.checkpoint, self.progress = checkpoint, progress
         self.parameters: list[Tensor] = list(adapter.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, amsgrad=config.amsgrad
-        )
+        self.optimiser = Optimiser(self.parameters, adapter.parameter_groups(), config)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=config.plateau_factor, patience=config.plateau_patience
+            self.optimiser.torch, factor=config.plateau_factor, patience=config.plateau_patience
         )
-        self.averages = Averages(self.parameters, config.ema_decay)
         self.start = hash_of(self.parameters)
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.log: list[dict[str, float]] = []
@@ -237,8 +206,7 @@ class Trainer:
         started = time.perf_counter()
         stage = self.stage(self.epoch)
         if stage == 2 and (self.epoch == 0 or self.stage(self.epoch - 1) == 1):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.stage_two_lr
+            self.optimiser.lr = self.config.stage_two_lr
         sums = np.zeros(3)
         order = self._order()
         for start in range(0, len(order), self.config.batch_size):
@@ -254,7 +222,7 @@ class Trainer:
         row = {"epoch": self.epoch, "loss": sums[0], "energy_loss": sums[1], "forces_loss": sums[2]}
         if errors is not None:
             row |= {"valid_loss": errors.loss, **{f"valid_{k}": v for k, v in errors.to_dict().items()}}
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": self.seconds}
+        row |= {"lr": self.optimiser.lr, "seconds": self.seconds}
         self.log.append({k: float(v) for k, v in row.items()})
         self.progress(
             ProgressEvent(
@@ -275,9 +243,8 @@ class Trainer:
         return [int(i) for i in generator.permutation(len(self.train))]
 
     def _step(self, rows: list[int], stage: int) -> Loss:
-        if self.config.schedule == "cosine" and stage == 1:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._cosine_lr()
+        if self.config.schedule != "plateau" and stage == 1:
+            self.optimiser.lr = self._scheduled_lr()
         batch = self.potential.collate([self.train.graphs[i] for i in rows])
         labels = self.train.labels(rows, self.potential)
         prediction = self.potential.predict(
@@ -291,15 +258,16 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
             self._stop(rows, float(loss.total.detach()))
-        self.optimizer.step()
-        self.averages.update()
+        self.optimiser.step()
         self.step += 1
         return loss
 
-    def _cosine_lr(self) -> float:
+    def _scheduled_lr(self) -> float:
         warmup = max(1, self.config.warmup_steps)
         total = max(self.config.epochs * self.steps_per_epoch, 1)
         rise = min(1.0, (self.step + 1) / warmup)
+        if self.config.schedule == "constant":
+            return self.config.lr * rise
         return self.config.lr * rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / total))))
 
     def _stop(self, rows: list[int], loss: float) -> None:
@@ -315,7 +283,7 @@ class Trainer:
         )
 
     def _validate(self, stage: int) -> Errors:
-        with self.averages.applied():
+        with self.optimiser.averaged():
             errors = measure(self.potential, self.valid, self.config, stage=stage)
         if self.config.schedule == "plateau" and stage == 1:
             self.plateau.step(errors.loss)
@@ -323,7 +291,7 @@ class Trainer:
         if math.isfinite(errors.loss) and (
             self.best is None or self.best.stage < stage or errors.loss < self.best.loss
         ):
-            self.best = Best(self.epoch, stage, errors.loss, [v.clone() for v in self.averages.values])
+            self.best = Best(self.epoch, stage, errors.loss, self.optimiser.averages())
         return errors
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -340,9 +308,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "parameters": [p.detach() for p in self.parameters],
-            "averages": self.averages.values,
-            "updates": self.averages.updates,
-            "optimizer": self.optimizer.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
             "plateau": {k: v for k, v in self.plateau.state_dict().items() if isinstance(v, int | float | list)},
             "best": None if best is None else [best.epoch, best.stage, best.loss, best.values],
             "log": self.log,
@@ -370,9 +336,7 @@ class Trainer:
             raise TrainingError(f"{self.checkpoint} belongs to another run: {was}. Start without --resume")
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, state["parameters"])
-            torch._foreach_copy_(self.averages.values, state["averages"])
-        self.averages.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimiser.load_state_dict(state["optimiser"])
         self.plateau.load_state_dict(state["plateau"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.log = state["log"]

@@ -6,9 +6,10 @@ use. All of them can be folded into the weight once training is over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,36 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Block:
-    """A run of a flattened weight, seen as a matrix with rows `rows` (any shape) and `columns` columns."""
+    """A run of a flattened weight, seen as a matrix with rows `rows` (any shape) and `columns` columns.
+
+    Attributes:
+        std: of A at the start.
+        path: which irreps it connects, such as "1o -> 1o"; empty where it is not of one path.
+        order: order l of the path's output; None where it is not of one order.
+    """
 
     rows: tuple[int, ...]
     columns: int
-    std: float = 1.0  # of A at the start
+    std: float = 1.0
+    path: str = ""
+    order: int | None = None
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are optimised alike.
+
+    Attributes:
+        parameters: which.
+        rates: "weights" have the learning rate `lr` and the weight decay `weight_decay` of `TrainConfig`, "thresholds"
+            have `tau_lr` and `tau_weight_decay`.
+        decaying: for every parameter a function that gives the entries which weight decay acts on at present (a mask
+            of the parameter's shape); None: on all.
+    """
+
+    parameters: list[nn.Parameter]
+    rates: Literal["weights", "thresholds"] = "weights"
+    decaying: tuple[Callable[[], Tensor], ...] | None = None
 
 
 class Update(nn.Module):
@@ -36,8 +62,16 @@ class Update(nn.Module):
         """The change, in the shape of the weight."""
         raise NotImplementedError
 
+    def applied(self, weight: Tensor) -> Tensor:
+        """The weight to be used in the place of `weight`, switched on or not."""
+        return weight + self.change()
+
+    def groups(self) -> list[ParameterGroup]:
+        """How the parameters are optimised; the same for all of them unless an update says otherwise."""
+        return [ParameterGroup(list(self.parameters()))]
+
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.change() if self.active else weight
+        return self.applied(weight) if self.active else weight
 
 
 class LowRank(Update):
@@ -86,3 +120,64 @@ class Dense(Update):
 
     def change(self) -> Tensor:
         return self.D
+
+
+class Replacement(Update):
+    """V instead of W: a value of its own, whatever the backbone's is. Zero until `start` is called or V is loaded."""
+
+    label = "replacement"
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.V = nn.Parameter(torch.zeros_like(weight, memory_format=torch.contiguous_format))
+
+    def start(self, value: Tensor) -> None:
+        """Take `value`, in the shape of the weight."""
+        with torch.no_grad():
+            self.V.copy_(value)
+
+    def applied(self, weight: Tensor) -> Tensor:
+        return self.V
+
+
+class SoftThreshold(Update):
+    """W + S(D, tau), S(D, tau) = sign(D) relu(|D| - sigmoid(tau)): most entries end up unchanged (arXiv 2606.18691).
+
+    The threshold tau is one number for the tensor. D starts normal, not zero: at zero the threshold would let no
+    gradient through. So the start is near the backbone, not equal to it. Entries below the threshold have no gradient
+    and no weight decay; they stay where they are, and tau alone can bring them back.
+
+    Args:
+        weight: the frozen tensor; read for shape, precision and device.
+        std: of D at the start.
+        threshold: sigmoid(tau) at the start.
+        generator: source of the initial values.
+    """
+
+    label = "sparse"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        std: float = 0.01,
+        threshold: float = 0.001,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        d = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * std
+        self.D = nn.Parameter(d.to(weight))
+        tau = torch.tensor(math.log(threshold / (1 - threshold)), dtype=torch.float64)
+        self.tau = nn.Parameter(tau.to(weight))
+
+    def change(self) -> Tensor:
+        return torch.sign(self.D) * torch.relu(self.D.abs() - torch.sigmoid(self.tau))
+
+    @torch.no_grad()
+    def survivors(self) -> Tensor:
+        """Which entries of the weight change: a mask of its shape."""
+        return self.D.abs() > torch.sigmoid(self.tau)
+
+    def groups(self) -> list[ParameterGroup]:
+        """D and tau are optimised apart: rates and decays of their own, and only surviving entries of D decay."""
+        return [ParameterGroup([self.D], decaying=(self.survivors,)), ParameterGroup([self.tau], "thresholds")]

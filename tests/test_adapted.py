@@ -75,6 +75,7 @@ def assert_unchanged(network: nn.Module, before: dict[str, Any]) -> None:
         (dict(gate_rank=2.5), "gate_rank must be a whole number"),
         (dict(gate_rank=True), "gate_rank must be a whole number"),
         (dict(phi="tanh"), "phi must be 'exp' or 'residual', got 'tanh'"),
+        (dict(gains="both"), "gains must be 'channel', 'order' or 'none', got 'both'"),
         (dict(init_std=-0.1), "init_std must be finite and not negative"),
         (dict(init_std=float("nan")), "init_std must be finite"),
         (dict(alpha=float("inf")), "alpha must be finite"),

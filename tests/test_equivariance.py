@@ -44,7 +44,7 @@ def test_at_the_start_the_adapted_network_is_its_backbone_to_the_bit(name: str) 
     batches = batch_of(ethanol()), batch_of(crystal())
     with borrowed(name) as network:
         before = [run(network, batch, compute_stress=True) for batch in batches]
-        for method in METHODS:
+        for method in (name for name, method in METHODS.items() if method.identity):
             adapter = attach(network, AdapterConfig(method=method))
             for batch, expected in zip(batches, before, strict=True):
                 found = run(network, batch, compute_stress=True)

@@ -156,6 +156,139 @@ def test_initial_values_come_from_the_generator_alone() -> None:
     assert not torch.equal(one.down.weight, other.down.weight)
 
 
+# -- ablations -------------------------------------------------------------------------------------------------------
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no nonlinearity": dict(nonlinearity=False),
+    "separate bottlenecks": dict(separate_bottlenecks=True),
+    "no shift": dict(shift=False),
+    "no gains": dict(gains="none"),
+    "one gain per order": dict(gains="order"),
+    "all at once": dict(nonlinearity=False, separate_bottlenecks=True, gains="order"),
+}
+# with unlike blocks of one irrep, and irreps of one order with both parities
+IN, OUT = "3x0e + 2x1o + 2x0o + 1x1e", "2x0e + 2x1o + 3x0o + 1x1e + 2x1o + 1x0e"
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+def test_an_ablated_gate_starts_as_the_identity_and_is_equivariant(options: dict[str, Any]) -> None:
+    layer = linear(IN, OUT)
+    x = features(IN)
+    assert torch.equal(MagnitudeGate(layer, rank=4, generator=generator(), **options)(x, layer(x)), layer(x))
+    gate = random_gate(layer, **options)
+    gate.set_range(torch.full_like(gate.z_low, -0.1), torch.full_like(gate.z_high, 0.2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        rotation = -o3.rand_matrix(dtype=F64)
+    d_in, d_out = (o3.Irreps(irreps).D_from_matrix(rotation).to(F64) for irreps in (IN, OUT))
+    out = gate(x, layer(x))
+    assert not torch.allclose(out, layer(x), atol=1e-2)
+    torch.testing.assert_close(gate(x @ d_in.T, layer(x @ d_in.T)), out @ d_out.T, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        # m0 = 3 scalars in; k0 = 3 scalars out, k1 = 2 + 3 + 1 + 2 other multiplicities out, of three irreps
+        ({}, (3 + 1) * 5 + (5 + 1) * (3 + 8)),
+        (ABLATIONS["no nonlinearity"], (3 + 1) * 5 + (5 + 1) * (3 + 8)),
+        (ABLATIONS["separate bottlenecks"], 2 * (3 + 1) * 5 + (5 + 1) * (3 + 8)),
+        (ABLATIONS["no shift"], (3 + 1) * 5 + (5 + 1) * 8),
+        (ABLATIONS["no gains"], (3 + 1) * 5 + (5 + 1) * 3),
+        (ABLATIONS["one gain per order"], (3 + 1) * 5 + (5 + 1) * (3 + 3)),
+        (dict(separate_bottlenecks=True, shift=False), (3 + 1) * 5 + (5 + 1) * 8),
+    ],
+)
+def test_number_of_parameters_of_an_ablated_gate(options: dict[str, Any], count: int) -> None:
+    assert sum(p.numel() for p in MagnitudeGate(linear(IN, OUT), rank=5, **options).parameters()) == count
+
+
+def test_without_the_nonlinearity_the_bottleneck_is_affine() -> None:
+    gate = random_gate(linear(IN, OUT), nonlinearity=False)
+    x = features(IN)
+    torch.testing.assert_close(gate.bottleneck(x), x[:, :3] @ gate.down.weight.T + gate.down.bias)
+
+
+def test_each_head_follows_its_own_bottleneck() -> None:
+    layer = linear("3x0e + 2x1o", "2x0e + 2x1o")
+    gate = random_gate(layer, rank=4, separate_bottlenecks=True)
+    assert gate.shift is not None
+    assert gate.gain is not None
+    assert gate.gain_down is not None
+    x = features(layer.irreps_in)
+    y, h0 = layer(x), x[:, :3]
+    one, two = (torch.nn.functional.silu(down(h0)) for down in (gate.down, gate.gain_down))
+    factor = torch.exp(gate.gain(two))
+    expected = torch.cat([y[:, :2] + gate.shift(one), y[:, 2:5] * factor[:, :1], y[:, 5:8] * factor[:, 1:]], dim=1)
+    torch.testing.assert_close(gate(x, y), expected, rtol=1e-14, atol=1e-14)
+    # and one shared bottleneck is the case of two equal ones
+    shared = random_gate(layer, rank=4)
+    with torch.no_grad():
+        for down in (gate.down, gate.gain_down):
+            down.load_state_dict(shared.down.state_dict())
+        gate.shift.load_state_dict(shared.shift.state_dict())  # type: ignore[union-attr]
+        gate.gain.load_state_dict(shared.gain.state_dict())  # type: ignore[union-attr]
+    torch.testing.assert_close(gate(x, y), shared(x, y), rtol=1e-14, atol=1e-14)
+
+
+def test_a_missing_head_leaves_its_channels_alone_to_the_bit() -> None:
+    layer = linear(IN, OUT)
+    x = features(IN)
+    y = layer(x)
+    even = torch.tensor([True] * 2 + [False] * (6 + 3 + 3 + 6) + [True])
+    for options, untouched in ((dict(shift=False), even), (dict(gains="none"), ~even)):
+        out = random_gate(layer, **options)(x, y)
+        assert torch.equal(out[:, untouched], y[:, untouched])
+        assert bool((out[:, ~untouched] != y[:, ~untouched]).all())
+
+
+def test_one_gain_serves_every_channel_of_an_irrep() -> None:
+    layer = linear(IN, OUT)
+    x = features(IN)
+    y = layer(x)
+    ratio = (random_gate(layer, gains="order")(x, y) / y)[:, 2:-1]
+    vectors, odd, axial = torch.cat([ratio[:, :6], ratio[:, 12:]], dim=1), ratio[:, 6:9], ratio[:, 9:12]
+    for group in (vectors, odd, axial):
+        torch.testing.assert_close(group, group[:, :1].expand_as(group), rtol=1e-12, atol=0)
+    assert not torch.allclose(vectors[:, 0], odd[:, 0], rtol=1e-3)
+    assert not torch.allclose(vectors[:, 0], axial[:, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("irreps_out", "options"), [("4x0e", dict(shift=False)), ("4x1o + 2x0o", dict(gains="none"))])
+def test_a_layer_left_without_a_head_carries_no_gate(irreps_out: str, options: dict[str, Any]) -> None:
+    layer = linear("3x0e + 2x1o", irreps_out)
+    assert reason_not_gatable(layer) is None
+    assert "has nothing that a gate" in str(reason_not_gatable(layer, **options))
+    with pytest.raises(ValueError, match="has nothing that a gate"):
+        MagnitudeGate(layer, rank=2, **options)
+
+
+def test_separate_bottlenecks_have_a_range_each_and_level_off_apart() -> None:
+    layer = linear("4x0e + 3x1o", "3x0e + 3x1o")
+    gate = random_gate(layer, separate_bottlenecks=True)
+    free = random_gate(layer, separate_bottlenecks=True, saturate=False)
+    assert gate.gain_down is not None
+    x = features(layer.irreps_in, 200)
+    gate.start_recording()
+    gate(x, layer(x))
+    gate.stop_recording()
+    one, two = (torch.nn.functional.silu(down(x[:, :4])) for down in (gate.down, gate.gain_down))
+    assert torch.equal(gate.z_low, torch.cat([one.amin(0), two.amin(0)]))
+    assert torch.equal(gate.z_high, torch.cat([one.amax(0), two.amax(0)]))
+    assert torch.equal(gate(x, layer(x)), free(x, layer(x)))
+    far = 1e3 * x
+    assert bool((gate.excess(far) > 1).any())
+    z, margin = gate._level_off(gate.bottleneck(far)), MARGIN * (gate.z_high - gate.z_low)
+    assert bool((z <= gate.z_high + margin).all())
+    assert bool((z >= gate.z_low - margin).all())
+    # narrowing the range of the gains leaves the shifts as they are
+    before = gate(x, layer(x))
+    gate.set_range(gate.z_low, torch.cat([gate.z_high[:5], gate.z_low[5:] + 1e-2]))
+    after = gate(x, layer(x))
+    assert torch.equal(after[:, :3], before[:, :3])
+    assert not torch.allclose(after[:, 3:], before[:, 3:])
+
+
 # -- saturation ------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmea_calc.plots import _finish, _panels, _save
+from mmea_calc.plots import finish_panel, make_panels, save_figure
 
 from .quantity import Line, Panel, Quantity
 
@@ -34,13 +34,13 @@ def draw(quantity: Quantity, path: str | Path) -> Path:
     width, height = (7.5, 4.0) if len(panels) == 1 else (columns * PANEL_INCHES[0], rows * PANEL_INCHES[1])
     more = len(quantity.panels) - len(panels)
     title = f"{quantity.title} (and {more} more in the table)" if more else quantity.title
-    figure, axes = _panels(rows, columns, size=(width, height), title=title)
+    figure, axes = make_panels(rows, columns, size=(width, height), title=title)
     colours = _colours(sorted({line.target_K for panel in quantity.panels for line in panel.lines}))
     for i, (panel, ax) in enumerate(zip(panels, axes, strict=False)):
         _panel(ax, panel, colours, legend=i == 0)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _colours(targets_K: Sequence[float]) -> dict[float, tuple[float, ...]]:
@@ -84,7 +84,7 @@ def _panel(ax: Axes, panel: Panel, colours: dict[float, tuple[float, ...]], lege
             ax.set_ylim(-0.05, 1.0)  # nothing but zeros, which would get an axis of hundredths
     if panel.title:
         ax.set_title(panel.title, fontsize=9)
-    _finish(ax, panel.x_label, panel.y_label, legend=legend)
+    finish_panel(ax, panel.x_label, panel.y_label, legend=legend)
     if (box := ax.get_legend()) is not None:
         for handle in box.legend_handles:
             if handle is not None:

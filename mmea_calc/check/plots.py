@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase.data import atomic_numbers
 
-from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, _finish, _save
+from ..plots import BLUE, DPI, GREEN, GREY, ORANGE, PALETTE, finish_panel, save_figure
 from .forgetting import OtherMolecules
 from .report import CheckReport, ModelReport
 from .scans import FloatArray, Scan
@@ -17,8 +17,6 @@ from .scans import FloatArray, Scan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito's palette goes on, for many pairs of elements.
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black", "#8A6D3B", "#6A3D9A", "#B2DF8A")
 _LABELS = {"adapter": "adapter", "backbone": "backbone alone"}
 # Walls are drawn from below the minimum to where nothing comes any more; logarithmic above 1 eV.
 _LOWEST_EV, _HIGHEST_EV = -0.6, 300.0
@@ -52,7 +50,7 @@ def page(report: CheckReport, path: str | Path, *, title: str | None = None) -> 
     _energy(axes[5], models)
     verdict = "sound" if report.passed else f"not sound: {len(report.failures)} of the criteria not met"
     figure.suptitle(f"{title or report.formula}: {verdict}", fontsize=12)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
 def _ramp(axes: Axes, models: Sequence[ModelReport]) -> None:
@@ -72,7 +70,7 @@ def _ramp(axes: Axes, models: Sequence[ModelReport]) -> None:
     axes.plot([], [], "D", color="black", markerfacecolor="none", linestyle="none", label="bonds first changed")
     axes.set_title("temperature ramp", fontsize=10)
     axes.set_ylim(0, 1.6 * max(ramp.to_K, ramp.from_K))
-    _finish(axes, "Time (ps)", "Temperature (K)")
+    finish_panel(axes, "Time (ps)", "Temperature (K)")
 
 
 def _smooth(series: FloatArray) -> FloatArray:
@@ -92,7 +90,7 @@ def _walls(axes: Axes, by_model: Sequence[Sequence[Scan]], words: str, x: str, r
         axes.set_axis_off()
         return
     kinds = sorted({_kind(s.label) for s in by_model[0]}, key=_order)
-    colour = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
+    colour = {kind: PALETTE[i % len(PALETTE)] for i, kind in enumerate(kinds)}
     for kind in kinds:
         axes.plot([], [], color=colour[kind], linewidth=1.4, label=kind)
     for scans, style, width in zip(by_model, ("-", "--"), (1.4, 1.0), strict=False):
@@ -115,7 +113,7 @@ def _walls(axes: Axes, by_model: Sequence[Sequence[Scan]], words: str, x: str, r
     axes.set_yticks([0, 1, 3, 10, 30, 100], labels=["0", "1", "3", "10", "30", "100"])
     axes.minorticks_off()
     axes.set_xlim(by_model[0][0].distances_A[0] - 0.03, max(s.distances_A[-1] for s in by_model[0]))
-    _finish(axes, x, "Energy above the minimum (eV)")
+    finish_panel(axes, x, "Energy above the minimum (eV)")
     axes.legend(fontsize=8, framealpha=0.9, edgecolor="none", ncols=2 if len(kinds) > _LONG_LEGEND // 2 else 1)
 
 
@@ -154,7 +152,7 @@ def _forgetting(axes: Axes, report: CheckReport) -> None:
         )
         axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.set_ylim(0, 1.02)
-    _finish(axes, "Root mean square difference of a structure's forces (meV/Å)", "Share of structures below")
+    finish_panel(axes, "Root mean square difference of a structure's forces (meV/Å)", "Share of structures below")
 
 
 def _with_errors(item: OtherMolecules) -> str:
@@ -177,4 +175,4 @@ def _energy(axes: Axes, models: Sequence[ModelReport]) -> None:
     middle, half = 0.5 * (low + high), max(0.5 * (high - low), 0.5)
     axes.set_ylim(middle - half, middle + half)
     axes.axhline(0.0, color="black", linewidth=0.6)
-    _finish(axes, "Time (ps)", "Total energy from the start (meV/atom)")
+    finish_panel(axes, "Time (ps)", "Total energy from the start (meV/atom)")

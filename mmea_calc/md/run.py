@@ -30,7 +30,7 @@ from ..errors import DynamicsError
 from ..potential import Potential
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_whole
 from .minimise import minimise
-from .simulation import Simulation
+from .simulation import Simulation, check_equivariant
 from .summary import Summary, summarise
 from .trajectory import Member
 from .trajectory_writer import Settings, TrajectoryWriter
@@ -74,6 +74,7 @@ def run_md(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     progress: Progress = lambda event: None,
 ) -> Summary:
     """Run every start structure at every temperature, all as one batch.
@@ -85,17 +86,19 @@ def run_md(
         config: the settings.
         resume: go on from the folder's checkpoint to `time_ps`, which is the total.
         overwrite: remove the run that is in the folder.
+        force: run an adapter whose method is not equivariant.
         progress: told how far it is.
 
     Returns:
         the table at the end.
 
     Raises:
-        DynamicsError: settings that make no sense; the folder holds a run already, or none to resume, or one with
-            other settings. Nothing has been written then.
+        DynamicsError: an adapter that is not equivariant; settings that make no sense; the folder holds a run already,
+            or none to resume, or one with other settings. Nothing has been written then.
         DataError: a structure that cannot be used.
         TrajectoryError: the trajectory cannot be written; what was there at the last checkpoint is.
     """
+    check_equivariant(potential, force)
     folder = Path(output)
     structures = [starts] if isinstance(starts, Atoms) else list(starts)
     device, dtype = str(potential.device), str(potential.dtype).removeprefix("torch.")

@@ -135,6 +135,17 @@ def check_settings(config: MDConfig) -> None:
     )
 
 
+def check_equivariant(potential: Potential, force: bool = False) -> None:
+    """Raise a DynamicsError for an adapter whose energies change when a structure is turned, unless forced."""
+    adapter = potential.adapter
+    if adapter is not None and adapter.enabled and not adapter.equivariant and not force:
+        raise DynamicsError(
+            f"method {adapter.config.method!r} of this adapter is not equivariant: energies change when a structure is "
+            "turned, and angular momentum is not conserved. Dynamics expects an equivariant method, such as 'mmea'; "
+            "to run it all the same: --force, or force=True in Python"
+        )
+
+
 def check_starts(starts: Sequence[Atoms]) -> None:
     """Raise a DataError for start structures that dynamics cannot take."""
     if not starts:

@@ -16,6 +16,7 @@ from ..config import MDConfig, Precision
 from ..potential import Potential
 from .monitor import stable_ps
 from .record import record
+from .simulation import check_equivariant
 from .summary import mean_and_error
 
 CHECK_TEMPERATURES_K = (300.0, 600.0, 1200.0)
@@ -58,6 +59,7 @@ def quick_check(
     time_ps: float = 5.0,
     seconds: float = 120.0,
     seed: int = 0,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Run Langevin dynamics in memory and say whether it was stable.
 
@@ -66,6 +68,7 @@ def quick_check(
         starts: start structures.
         temperatures_K, replicas, time_ps, seed: see `MDConfig`.
         seconds: after this time the check ends, however far it is.
+        force: run an adapter whose method is not equivariant.
 
     Returns:
         plain values: `passed` (no replica failed or changed its bonds), `time_ps` reached, `asked_ps`, the settings,
@@ -73,8 +76,9 @@ def quick_check(
         (mean) and `events`.
 
     Raises:
-        DataError, DynamicsError: structures or settings that cannot be used.
+        DataError, DynamicsError: structures or settings that cannot be used, or an adapter that is not equivariant.
     """
+    check_equivariant(potential, force)
     structures = [starts] if isinstance(starts, Atoms) else list(starts)
     config = MDConfig(temperatures_K=temperatures_K, replicas=replicas, time_ps=time_ps, seed=seed)
     end = time.monotonic() + seconds

@@ -1,0 +1,79 @@
+"""`mmea benchmark`: the published comparisons of methods, with one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .cells import conclude, list_cells, settings, show_table, train_cells
+
+TRAINING = "Training"
+
+
+def benchmark(
+    name: Annotated[
+        Literal["rmd17", "acac", "3bpa"],
+        typer.Argument(metavar="rmd17|acac|3bpa", help="The data set.", show_default=False),
+    ],
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of its files; see docs/benchmarks.md.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="RESULTS", help="Folder of the results.", show_default=False)
+    ],
+    molecules: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...", help="Of rmd17, all that are there if not given; of the others, 300K or what else is."
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD...", help="Such as mmea elora full mmea:gate_rank=32."),
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(metavar="N...", help="One training with each.", min=0)] = None,
+    backbone: Annotated[str | None, typer.Option(help="Name (see mmea backbone list) or path.")] = None,
+    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="paper, default; each method's own if not given.", rich_help_panel=TRAINING)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Instead of the recipe's.", min=1, rich_help_panel=TRAINING)
+    ] = None,
+    E0s: Annotated[
+        str | None, typer.Option("--E0s", help="Reference energies, as for mmea finetune.", rich_help_panel=TRAINING)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
+    dtype: Annotated[
+        Literal["float32", "float64"] | None,
+        typer.Option(help="Precision, instead of the recipe's.", rich_help_panel=TRAINING),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, train nothing.")] = False,
+) -> None:
+    """Train every method on every molecule with every seed, and print the published table with one's own figures.
+
+    What is finished is kept in RESULTS: the same command goes on where it was interrupted, and methods, molecules and
+    seeds may be added.
+    """
+    from mmea_calc.benchmark import PICTURE, describe, draw, published_task, write_tables
+
+    from .console import say
+
+    config = settings(
+        methods=methods, seeds=seeds, backbone=backbone, head=head, recipe=recipe, epochs=epochs, E0s=E0s,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    task = published_task(name, data, molecules)
+    for note in task.notes:
+        say(f"note: {note}", style="yellow")
+    if dry_run:
+        list_cells(task, output, config)
+        return
+    results = train_cells(task, output, config, whole_report=False)
+    table = write_tables(task, output, config)
+    draw(table, output / PICTURE)
+    show_table(table, describe(task, config, results))
+    say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
+    conclude(results)

@@ -1,0 +1,101 @@
+"""`mmea compare`: which method is right for one's own data? One is recommended, with the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .cells import conclude, list_cells, settings, show_table, train_cells
+
+DATA, TRAINING = "Data", "Training"
+
+
+def compare(
+    train: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TRAIN...",
+            help="Labelled structures; several files are joined, such as one with isolated atoms.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the results.", show_default=False)
+    ],
+    test: Annotated[Path | None, typer.Option(help="Structures for the table; they have no say in the choice.")] = None,
+    valid: Annotated[
+        Path | None, typer.Option(help="Structures that choose weights and method.", rich_help_panel=DATA)
+    ] = None,
+    valid_fraction: Annotated[
+        float | None,
+        typer.Option(help="Part of TRAIN drawn by the seed when --valid is not given.", rich_help_panel=DATA),
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD...", help="Such as mmea elora full mmea:gate_rank=32.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(metavar="N...", help="One training with each.", min=0)] = None,
+    energy_key: Annotated[
+        str | None, typer.Option(help="Name of the energies; detected if not given.", rich_help_panel=DATA)
+    ] = None,
+    forces_key: Annotated[str | None, typer.Option(help="Name of the forces.", rich_help_panel=DATA)] = None,
+    level_of_theory: Annotated[
+        str | None, typer.Option(help="Of the labels, such as PBE/def2-SVP.", rich_help_panel=DATA)
+    ] = None,
+    E0s: Annotated[
+        str | None, typer.Option("--E0s", help="Reference energies, as for mmea finetune.", rich_help_panel=DATA)
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Name (see mmea backbone list) or path.")] = None,
+    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="paper, default; each method's own if not given.", rich_help_panel=TRAINING)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Instead of the recipe's.", min=1, rich_help_panel=TRAINING)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
+    dtype: Annotated[
+        Literal["float32", "float64"] | None,
+        typer.Option(help="Precision, instead of the recipe's.", rich_help_panel=TRAINING),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trainings, do none.")] = False,
+) -> None:
+    """Train several methods on the same data and recommend one, by validation errors and size.
+
+    What is finished is kept in DIR: the same command goes on where it was interrupted, and methods and seeds may be
+    added.
+    """
+    from mmea_calc.benchmark import PICTURE, describe, draw, own_task, recommend, write_tables
+    from mmea_calc.benchmark.method_spec import parse_methods
+    from mmea_calc.config import COMPARE_SEEDS, TrainConfig
+    from mmea_calc.data import read_dataset
+
+    from .console import say
+
+    keys = {"energy_key": energy_key, "forces_key": forces_key}
+    task = own_task(
+        read_dataset(train, **keys),
+        valid=read_dataset(valid, **keys) if valid else None,
+        test=read_dataset(test, **keys) if test else None,
+        valid_fraction=TrainConfig().valid_fraction,
+        level_of_theory=level_of_theory,
+    )
+    config = settings(
+        methods=methods, seeds=seeds or COMPARE_SEEDS, backbone=backbone, head=head, recipe=recipe, epochs=epochs,
+        valid_fraction=valid_fraction, E0s=E0s, device=device, dtype=dtype,
+    )  # fmt: skip
+    if dry_run:
+        list_cells(task, output, config)
+        return
+    results = train_cells(task, output, config, whole_report=True)
+    table = write_tables(task, output, config)
+    draw(table, output / PICTURE)
+    show_table(table, describe(task, config, results))
+    labels = [spec.label for spec in parse_methods(config)]
+    choice = recommend(results, methods=labels, tolerance=config.tolerance)
+    verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
+    write_tables(task, output, config, remark=verdict)
+    say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
+    say(verdict, style="bold")
+    conclude(results)

@@ -1,0 +1,95 @@
+"""The folder of results: it belongs to the settings that it was begun with.
+
+Methods, seeds and systems may be added to it later; all else stays, so that its cells can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backbone import Backbone
+from ..config import BenchmarkConfig
+from ..errors import TrainingError
+from ..files import json_ready, write_text
+from .tasks import Task
+
+SETTINGS, CELLS = "settings.json", "cells"
+
+
+def valid_fraction(task: Task, config: BenchmarkConfig) -> float:
+    """Part of the training structures that validates."""
+    return task.valid_fraction if config.valid_fraction is None else config.valid_fraction
+
+
+def shared_settings(task: Task, config: BenchmarkConfig, backbone: Backbone | None = None) -> dict[str, Any]:
+    """What all cells of a folder share."""
+    settings: dict[str, Any] = {
+        "benchmark": task.name,
+        "backbone": config.backbone,
+        "head": config.head,
+        "recipe": config.recipe,
+        "epochs": config.epochs,
+        "dtype": config.dtype,
+        "E0s": reference_energies_of(task, config),
+        "valid_fraction": valid_fraction(task, config),
+        "data": {
+            s.name: {"train": s.train.hash, "valid": None if s.valid is None else s.valid.hash} for s in task.systems
+        },
+    }
+    return settings if backbone is None else {**settings, "fingerprint": backbone.fingerprint}
+
+
+def reference_energies_of(task: Task, config: BenchmarkConfig) -> str | None:
+    """As `finetune` takes them; the published recipe has its own where the data have no isolated atoms."""
+    if config.E0s is None and config.recipe == "paper":
+        return task.paper_E0s
+    return config.E0s
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What the folder was begun with; None: it has not been. Raises TrainingError."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["data"], dict):
+            raise ValueError("data must be a mapping")
+    except (ValueError, KeyError, TypeError) as problem:
+        raise TrainingError(f"{path} cannot be read ({problem}): choose another --output folder") from problem
+    return content
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings; systems of earlier calls stay known."""
+    before = read_settings(folder) or {"data": {}}
+    content = {**settings, "data": {**before["data"], **settings["data"]}}
+    if content != before:
+        write_text(folder / SETTINGS, json.dumps(json_ready(content), indent=1))
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """A folder that has been begun is gone on with under the same settings only.
+
+    Raises:
+        TrainingError: naming what differs.
+    """
+    if (before := read_settings(folder)) is None:
+        return
+    differing = [k for k, v in settings.items() if k != "data" and k in before and before[k] != v]
+    was = [f"{key} was {_word(before[key])}, is {_word(settings[key])}" for key in differing]
+    for system, hashes in settings["data"].items():
+        if before["data"].get(system, hashes) != hashes:
+            was.append(f"the data of {system} have changed")
+    if was:
+        raise TrainingError(
+            f"{folder} was begun with other settings: {'; '.join(was)}. Choose another --output folder, or give the "
+            "former settings (methods, seeds and systems may be added)"
+        )
+
+
+def _word(value: Any) -> str:
+    return "not given" if value is None else str(value)

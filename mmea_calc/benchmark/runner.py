@@ -1,0 +1,185 @@
+"""The benchmark itself: every cell that is not finished is trained, measured and kept, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..backbone import Backbone, load_backbone
+from ..config import BenchmarkConfig, Precision
+from ..errors import TrainingError
+from ..finetuning import resolve_device
+from ..preflight import PreflightReport, preflight
+from ..trainer import ProgressEvent
+from .cells import Cell, CellResult
+from .method_spec import parse_methods
+from .results_folder import CELLS, check_settings, keep_settings, shared_settings, valid_fraction
+from .tasks import System, Task
+from .training import attempt, kept
+
+What = Literal["report", "begin", "training", "finished", "failed", "kept", "elsewhere"]
+
+
+@dataclass(frozen=True)
+class BenchmarkEvent:
+    """What happens.
+
+    Attributes:
+        what: "report" on the data of a system that is about to be trained on; a cell "begin"s, is "training", is
+            "finished", has "failed", was "kept" from an earlier call, or is trained "elsewhere" by another process.
+        cell: which; None for a report.
+        number, total: its place among all cells, from 1.
+        result: of a cell that is finished, failed or kept.
+        training: progress within the cell.
+        system, report: on the data.
+    """
+
+    what: What
+    cell: Cell | None = None
+    number: int = 0
+    total: int = 0
+    result: CellResult | None = None
+    training: ProgressEvent | None = None
+    system: System | None = None
+    report: PreflightReport | None = None
+
+
+BenchmarkProgress = Callable[[BenchmarkEvent], None]
+
+
+def plan(task: Task, folder: str | Path, config: BenchmarkConfig) -> list[Cell]:
+    """All cells, in the order in which they are trained: by seed, then system, then method.
+
+    Nothing is trained or written; the folder is checked.
+
+    Raises:
+        AdapterError: a method that is unknown or wrongly written.
+        DataError: a training set that is too small to be split.
+        TrainingError: no seeds, or a folder that was begun with other settings.
+    """
+    folder = Path(folder)
+    if not config.seeds or any(seed < 0 for seed in config.seeds):
+        raise TrainingError(f"expected at least one seed, none below 0, got {list(config.seeds)}")
+    if config.epochs is not None and config.epochs < 1:
+        raise TrainingError(f"epochs must be at least 1, got {config.epochs}")
+    check_settings(folder, shared_settings(task, config))
+    fraction = valid_fraction(task, config)
+    methods = parse_methods(config)
+    cells = []
+    # Seed by seed, so that an interrupted benchmark has every method on every system before it has error bars.
+    for seed in dict.fromkeys(config.seeds):
+        for system in task.systems:
+            n_train = len(system.split(fraction, seed)[0])
+            for method in methods:
+                adapter, training = method.seeded(seed)
+                training = replace(training, valid_fraction=fraction).for_structures(n_train)
+                cells.append(Cell(system, method, seed, adapter, training, folder / CELLS))
+    for cell in cells:
+        cell.state()
+    return cells
+
+
+def run(
+    task: Task,
+    folder: str | Path,
+    config: BenchmarkConfig,
+    *,
+    progress: BenchmarkProgress = lambda event: None,
+    after_cell: Callable[[], object] = lambda: None,
+) -> list[CellResult]:
+    """Train and measure every cell that is not finished in `folder`; one that fails does not stop the others.
+
+    Finished cells are kept, so the same call again trains nothing; interrupted ones go on from their checkpoint,
+    failed ones are tried again. Several processes may work on one folder.
+
+    Args:
+        task: what is benchmarked.
+        folder: of the results.
+        config: methods, seeds, and how they are trained.
+        progress: told what happens.
+        after_cell: called when a cell has been finished, or has failed.
+
+    Returns:
+        results of the cells of this call; without those that another process is at.
+
+    Raises:
+        AdapterError, BackboneError, DataError, TrainingError: before anything is trained or written.
+    """
+    folder = Path(folder)
+    cells = plan(task, folder, config)
+    backbones = _Backbones(config)
+    first = backbones.load(cells[0].training.dtype)
+    settings = shared_settings(task, config, first)
+    check_settings(folder, settings)
+    reports = {}
+    for system in _to_train(cells):
+        reports[system.name] = _preflight(system, first)
+        progress(BenchmarkEvent("report", system=system, report=reports[system.name]))
+    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    keep_settings(folder, settings)
+    results = []
+    for number, cell in enumerate(cells, 1):
+
+        def tell(what: What, cell: Cell = cell, number: int = number, **more: Any) -> None:
+            progress(BenchmarkEvent(what, cell, number, len(cells), **more))
+
+        def train(cell: Cell = cell, tell: Callable[..., None] = tell) -> CellResult:
+            tell("begin")
+            return attempt(
+                cell,
+                task,
+                config,
+                lambda: backbones.load(cell.training.dtype),
+                reports.get(cell.system.name),
+                lambda event: tell("training", training=event),
+            )
+
+        what, result = _one(cell, train)
+        if result is not None:
+            results.append(result)
+        if what in ("finished", "failed"):
+            after_cell()
+        tell(what, result=result)
+    return results
+
+
+def _one(cell: Cell, train: Callable[[], CellResult]) -> tuple[What, CellResult | None]:
+    """Train a cell, unless it is finished or another process is at it."""
+    if (result := kept(cell)) is not None:
+        return "kept", result
+    with cell.claimed() as mine:
+        if not mine:
+            return "elsewhere", None
+        if (result := kept(cell)) is not None:  # another process has finished it meanwhile
+            return "kept", result
+        result = train()
+    return "finished" if result.finished else "failed", result
+
+
+class _Backbones:
+    """The backbone, once in every precision that some method trains in."""
+
+    def __init__(self, config: BenchmarkConfig) -> None:
+        self._config, self._loaded = config, dict[Precision, Backbone]()
+
+    def load(self, dtype: Precision) -> Backbone:
+        if dtype not in self._loaded:
+            config = self._config
+            self._loaded[dtype] = load_backbone(
+                config.backbone, head=config.head, device=resolve_device(config.device), dtype=dtype
+            )
+        return self._loaded[dtype]
+
+
+def _to_train(cells: Sequence[Cell]) -> list[System]:
+    """Systems with cells that are not finished."""
+    return list({c.system.name: c.system for c in cells if c.state() != "finished"}.values())
+
+
+def _preflight(system: System, backbone: Backbone) -> PreflightReport:
+    test = next(iter(system.tests.values())) if len(system.tests) == 1 else None
+    return preflight(
+        system.train, system.valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""How trained tensors are optimised: an optimiser with the groups that an adapter asks for, and averaged weights.
+
+| `TrainConfig.optimizer` | steps | averaged weights |
+|---|---|---|
+| "adamw" | AdamW | exponential moving averages, `ema_decay` |
+| "schedulefree" | schedule-free AdamW (arXiv 2405.15682) | its own |
+
+Averaged weights are what is validated and kept; both know nothing of each other's ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .errors import TrainingError
+from .updates import ParameterGroup
+
+
+class Averages:
+    """Exponential moving averages of parameters; the memory is short at first: min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.parameters: list[Tensor] = list(parameters)
+        self._values = [p.detach().clone() for p in self.parameters]
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step of the optimiser."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._values, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the parameters have their averaged values."""
+        with _kept(self.parameters):
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self._values)
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self._values, "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self._values, state["values"])
+        self.updates = state["updates"]
+
+
+class ScheduleFreeAverages:
+    """The averages that a schedule-free optimiser keeps: x, where the parameters themselves are y, beyond x.
+
+    Args:
+        optimizer: in its training mode, in which it is left.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], optimizer: Any) -> None:
+        self.parameters, self.optimizer = list(parameters), optimizer
+
+    def update(self) -> None:
+        """The optimiser's own steps do it."""
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the parameters have their averaged values."""
+        # From x back to y the optimiser is not exact to the last bit, and a run that validates more often than
+        # another would go elsewhere.
+        with _kept(self.parameters):
+            self.optimizer.eval()
+            try:
+                yield
+            finally:
+                self.optimizer.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # in the optimiser's
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class Optimiser:
+    """Steps of all trained tensors.
+
+    Args:
+        parameters: all of them, in the order of everything that is kept.
+        groups: the same, by how they are optimised.
+        config: learning rates, decays, and which optimiser.
+
+    Attributes:
+        torch: the optimiser at work, for learning rate schedulers.
+
+    Raises:
+        TrainingError: settings that do not go together.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], groups: Sequence[ParameterGroup], config: TrainConfig) -> None:
+        check_optimiser(config)
+        self.parameters, self.groups = list(parameters), list(groups)
+        self._decays = [config.tau_weight_decay if g.rates == "thresholds" else config.weight_decay for g in groups]
+        settings: list[dict[str, Any]] = []
+        for group, decay in zip(groups, self._decays, strict=True):
+            ratio = config.tau_lr / config.lr if group.rates == "thresholds" and config.tau_lr is not None else 1.0
+            # `step` itself decays the groups with masks
+            decay = decay if group.decaying is None else 0.0
+            settings.append(dict(params=group.parameters, lr=config.lr * ratio, lr_ratio=ratio, weight_decay=decay))
+        self.torch: Any
+        self._averages: Averages | ScheduleFreeAverages
+        if config.optimizer == "schedulefree":
+            import schedulefree
+
+            self.torch = schedulefree.AdamWScheduleFree(settings, lr=config.lr)
+            self.torch.train()
+            self._averages = ScheduleFreeAverages(self.parameters, self.torch)
+        else:
+            self.torch = torch.optim.AdamW(settings, lr=config.lr, amsgrad=config.amsgrad)
+            self._averages = Averages(self.parameters, config.ema_decay)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the weights; groups with a rate of their own follow in proportion."""
+        group = self.torch.param_groups[0]
+        return group["lr"] / group["lr_ratio"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group in self.torch.param_groups:
+            group["lr"] = value * group["lr_ratio"]
+
+    def step(self) -> None:
+        """One step with the gradients that are there."""
+        self._decay_masked()
+        self.torch.step()
+        self._averages.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the parameters have their averaged values."""
+        with self._averages.applied():
+            yield
+
+    def averages(self) -> list[Tensor]:
+        """Copies of the averaged values, in the order of `parameters`."""
+        with self.averaged():
+            return [p.detach().clone() for p in self.parameters]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the parameters, for a checkpoint."""
+        return {"torch": self.torch.state_dict(), "averages": self._averages.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.torch.load_state_dict(state["torch"])
+        self._averages.load_state_dict(state["averages"])
+
+    @torch.no_grad()
+    def _decay_masked(self) -> None:
+        """Decoupled weight decay, w <- w - lr decay w, of the entries that a group names.
+
+        A schedule-free optimiser steps in z and looks at y = (1 - beta) z + beta x. With this share for each, the
+        outcome is that of its own weight decay, and x is left to its average.
+        """
+        for group, decay, used in zip(self.groups, self._decays, self.torch.param_groups, strict=True):
+            if group.decaying is None or decay == 0:
+                continue
+            for parameter, mask in zip(group.parameters, group.decaying, strict=True):
+                if parameter.grad is None:
+                    continue
+                change = used["lr"] * decay * parameter * mask()
+                z = self.torch.state[parameter].get("z")
+                if z is None:
+                    parameter.sub_(change)
+                else:
+                    z.sub_(change)
+                    parameter.sub_((1 - used["betas"][0]) * change)
+
+
+def check_optimiser(config: TrainConfig) -> None:
+    """Raise a TrainingError for settings that do not go together."""
+    if config.optimizer not in ("adamw", "schedulefree"):
+        raise TrainingError(f"optimizer must be 'adamw' or 'schedulefree', got {config.optimizer!r}")
+    if config.optimizer == "schedulefree":
+        given = {"schedule": config.schedule, "ema_decay": config.ema_decay, "stage_two_start": config.stage_two_start}
+        needed = {"schedule": "constant", "ema_decay": 0.0, "stage_two_start": None}
+        if wrong := [f"{k} is {given[k]!r}, expected {v!r}" for k, v in needed.items() if given[k] != v]:
+            raise TrainingError(f"a schedule-free optimizer has no schedule and averages by itself: {'; '.join(wrong)}")
+    for name in ("weight_decay", "tau_weight_decay"):
+        if not getattr(config, name) >= 0:
+            raise TrainingError(f"{name} must not be negative, got {getattr(config, name)}")
+    if config.tau_lr is not None and not config.tau_lr > 0:
+        raise TrainingError(f"tau_lr must be positive, got {config.tau_lr}")
+
+
+@contextmanager
+def _kept(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """After this context the parameters have the values of before, to the bit."""
+    before = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(parameters), before)
