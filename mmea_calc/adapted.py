@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from ._e3nn import FullyConnectedNet, o3
+from .adapter_state import SHORTEST, check_state
 from .config import AdapterConfig
 from .element_tables import ElementTables
 from .errors import AdapterError
@@ -35,10 +36,10 @@ from .gates import MagnitudeGate
 from .mace_bridge import element_layers, is_radial_embedding
 from .methods import METHODS, LinearPart, Method, Site, find_sites, method_named
 from .short_range import ShortRange
+from .updated_weights import UpdatedWeights
 from .updates import ParameterGroup, Replacement, Update
 
 _SHORT_RANGE = "short_range"  # name of the submodule that an adapted radial embedding carries
-_SHORTEST = "ranges.radial_embedding.shortest"  # name of its distances in a state_dict
 _PART = "magnitude_gate"  # name of the submodule that an adapted linear layer carries
 _HANDLE = "_mmea_adapter"  # attribute of an adapted network: its handle, which so lives as long as the network
 
@@ -172,6 +173,8 @@ class Adapter:
         on_linears: module path of a linear layer -> what changes its output.
         gates: those of them that are magnitude gates.
         updates: tensor path -> weight update.
+        sites: tensor path -> where the updated tensor is.
+        weights: the updated weights, live or folded.
         short_range: the fade of updated radial functions below the distances of the training data; None where nothing
             radial is updated, there are no gates (so that all of the adapter can be folded), the network is not one
             of mace's, or `config.saturate` is off.
@@ -190,12 +193,9 @@ class Adapter:
         self.network, self.config = network, config
         self.on_linears, self.updates, self.skipped = on_linears, updates, skipped
         self.gates = {name: part for name, part in on_linears.items() if isinstance(part, MagnitudeGate)}
-        self._sites = sites
+        self.sites = sites
         self._enabled, self._attached = True, True
-        self._originals: dict[str, Tensor] = {}  # while merged: path -> the backbone's own tensor
-        self._merged: dict[str, Tensor] = {}
         self._tables: ElementTables | None = None
-        self._orders = {path: _names_in_order(site.module) for path, site in sites.items()}
         self._frozen_before = {id(p): (p, p.requires_grad) for p in network.parameters()}
         for parameter, _ in self._frozen_before.values():
             parameter.requires_grad_(False)
@@ -203,7 +203,7 @@ class Adapter:
         for name, part in on_linears.items():
             network.get_submodule(name).add_module(_PART, part)
         self._hook(on_linears)
-        self._parametrize()
+        self.weights = UpdatedWeights(sites, updates)
         self._embeddings = [m for m in network.modules() if is_radial_embedding(m)]
         self.short_range = self._fade() if config.saturate and self.gates else None
         network.__dict__[_HANDLE] = self
@@ -244,7 +244,7 @@ class Adapter:
         for part in self.on_linears.values():
             total[part.family] += _count(part)
         for path, update in self.updates.items():
-            total[self._sites[path].kind] += _count(update)
+            total[self.sites[path].kind] += _count(update)
         return {kind: count for kind, count in total.items() if count}
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -257,11 +257,6 @@ class Adapter:
             masks = tuple(m for g in alike for m in g.decaying or ()) if masked else None
             joined.append(ParameterGroup([p for g in alike for p in g.parameters], rates, masks))
         return [group for group in joined if group.parameters]
-
-    @property
-    def sites(self) -> dict[str, Site]:
-        """The tensors that are updated, by the paths of `updates`."""
-        return dict(self._sites)
 
     @property
     def equivariant(self) -> bool:
@@ -282,7 +277,7 @@ class Adapter:
 
     def _switch(self, value: bool) -> None:
         self._enabled = value
-        self._set_updates(self.updates, value)
+        self.weights.switch(value)
         for part in self._switched():
             part.active = value
 
@@ -302,7 +297,7 @@ class Adapter:
         if not self._attached:
             return
         self.unmerge()
-        self._unparametrize()
+        self.weights.remove()
         self._unhook(list(self._hooks))
         for name in self.on_linears:
             delattr(self.network.get_submodule(name), _PART)
@@ -324,7 +319,7 @@ class Adapter:
     @property
     def merged(self) -> bool:
         """Whether all that can be folded is folded at present."""
-        return bool(self._merged) or self._tables is not None
+        return bool(self.weights.folded) or self._tables is not None
 
     def merge(self) -> list[str]:
         """Write the weight updates into the weights, for inference; gates depend on their input and stay.
@@ -337,23 +332,12 @@ class Adapter:
             Paths of the folded tensors.
         """
         self._require_attached()
-        if self.updates and not self._merged:
-            with torch.no_grad():
-                for update in self.updates.values():
-                    update.active = True
-                merged = {path: site.value.detach().clone() for path, site in self._sites.items()}
-            self._unparametrize()
-            self._originals = {path: site.value for path, site in self._sites.items()}
-            self._merged = {
-                path: nn.Parameter(value, requires_grad=False)
-                if isinstance(self._originals[path], nn.Parameter)
-                else value
-                for path, value in merged.items()
-            }
-            self.enabled = self._enabled
+        if not self.weights.folded:
+            self.weights.fold()
+            self._switch(self._enabled)
         if self._tables is None:
             self._tabulate()
-        return list(self._merged)
+        return self.weights.folded
 
     def unmerge(self) -> None:
         """Undo `merge`: the adapter can be trained again."""
@@ -361,13 +345,8 @@ class Adapter:
             self._tables.remove()
             self._tables = None
             self._hook(name for name in self.on_linears if name not in self._hooks)
-        if self._merged:
-            for path, tensor in self._originals.items():
-                _put(self._sites[path], tensor)
-                self.updates[path].to(tensor)  # put aside as well, while the network may have moved
-            self._merged, self._originals = {}, {}
-            self._parametrize()
-            self._switch(self._enabled)
+        self.weights.unfold()
+        self._switch(self._enabled)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -379,7 +358,7 @@ class Adapter:
                 state[f"ranges.{name}.low"] = gate.z_low.clone()
                 state[f"ranges.{name}.high"] = gate.z_high.clone()
         if self.short_range is not None and self.short_range.calibrated:
-            state[_SHORTEST] = self.short_range.shortest.clone()
+            state[SHORTEST] = self.short_range.shortest.clone()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -396,15 +375,13 @@ class Adapter:
             if low in state or high in state:
                 expected |= {low: gate.z_low, high: gate.z_high}
         fade = self.short_range
-        if fade is not None and _SHORTEST in state:
-            expected[_SHORTEST] = fade.shortest
-        _check_state(expected, state)
+        if fade is not None and SHORTEST in state:
+            expected[SHORTEST] = fade.shortest
+        check_state(expected, state)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
-            for path, folded in self._merged.items():  # in place: the tensors in use stay the same objects
-                update = self.updates[path]
-                folded.copy_(update.applied(self._originals[path].to(next(update.parameters()))))
+        self.weights.refold()
         for name, gate in self.gates.items():
             infinite = torch.full_like(gate.z_low, torch.inf)
             gate.set_range(
@@ -412,7 +389,7 @@ class Adapter:
                 state.get(f"ranges.{name}.high", infinite).to(gate.z_high),
             )
         if fade is not None:
-            fade.set_shortest(state.get(_SHORTEST, torch.zeros_like(fade.shortest)))
+            fade.set_shortest(state.get(SHORTEST, torch.zeros_like(fade.shortest)))
 
     def widen(self, state: Mapping[str, Tensor]) -> None:
         """Let the ranges seen in training hold those of `state` too, which an earlier stage of this adapter saw."""
@@ -457,23 +434,23 @@ class Adapter:
         return [*self.on_linears.values(), *([] if self.short_range is None else [self.short_range])]
 
     def _fade(self) -> ShortRange | None:
-        radial = [path for path, site in self._sites.items() if site.kind in ("radial_layer", "radial_basis")]
+        radial = [path for path, site in self.sites.items() if site.kind in ("radial_layer", "radial_basis")]
         if not radial or len(self._embeddings) != 1:
             return None
 
         @contextmanager
         def bare() -> Iterator[None]:
-            self._set_updates(radial, False)
+            self.weights.switch(False, radial)
             try:
                 yield
             finally:
-                self._set_updates(radial, True)
+                self.weights.switch(True, radial)
 
         fade = ShortRange(
             self._embeddings[0],
             [m for m in self.network.modules() if isinstance(m, FullyConnectedNet)],
             n_elements=len(self.network.get_buffer("atomic_numbers")),
-            like=self._sites[radial[0]].value,
+            like=self.sites[radial[0]].value,
             bare=bare,
         )
         self._embeddings[0].add_module(_SHORT_RANGE, fade)
@@ -496,22 +473,6 @@ class Adapter:
             self._tables = ElementTables([(layer, self.gates.get(n)) for n, layer in zip(chain, layers, strict=True)])
             self._unhook(name for name in chain if name in self.gates)
 
-    def _set_updates(self, paths: Iterable[str], value: bool) -> None:
-        for path in paths:
-            if self._merged:
-                _put(self._sites[path], (self._merged if value else self._originals)[path])
-            self.updates[path].active = value
-
-    def _parametrize(self) -> None:
-        for path, site in self._sites.items():
-            parametrize.register_parametrization(site.module, site.tensor, self.updates[path])
-
-    def _unparametrize(self) -> None:
-        for site in self._sites.values():
-            parametrize.remove_parametrizations(site.module, site.tensor, leave_parametrized=False)
-        for path, site in self._sites.items():
-            _restore_order(site.module, self._orders[path])
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy would share torch's parametrized classes with the original, and break when either is detached.
         raise AdapterError(
@@ -531,48 +492,8 @@ def _apply_part(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     return part(inputs[0], output) if part.active else output
 
 
-def _put(site: Site, tensor: Tensor) -> None:
-    """Make `tensor` the site's parameter or buffer, in its old place."""
-    where: Any = site.module._parameters if site.tensor in site.module._parameters else site.module._buffers
-    if (here := where[site.tensor]).dtype != tensor.dtype or here.device != tensor.device:
-        tensor.data = tensor.data.to(here)  # what was put aside did not move with the network (`.to`)
-    where[site.tensor] = tensor
-
-
 def _count(trained: nn.Module | nn.Parameter) -> int:
     return trained.numel() if isinstance(trained, nn.Parameter) else sum(p.numel() for p in trained.parameters())
-
-
-def _names_in_order(module: nn.Module) -> tuple[list[str], list[str]]:
-    return list(module._parameters), list(module._buffers)
-
-
-def _restore_order(module: nn.Module, order: tuple[list[str], list[str]]) -> None:
-    # torch puts a tensor that was parametrized back at the end; the order of a state_dict should not change.
-    stores: tuple[Any, Any] = (module._parameters, module._buffers)
-    for names, where in zip(order, stores, strict=True):
-        for name in names:
-            where[name] = where.pop(name)
-
-
-def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
-
-    if missing := sorted(set(expected) - set(state)):
-        raise AdapterError(f"these tensors of the adapter are missing: {some(missing)}")
-    if unexpected := sorted(set(state) - set(expected)):
-        raise AdapterError(f"these tensors do not belong to this adapter: {some(unexpected)}")
-    for name, tensor in expected.items():
-        if tuple(state[name].shape) != tuple(tensor.shape):
-            raise AdapterError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
-    if bad := sorted(n for n in expected if not torch.isfinite(state[n]).all()):
-        raise AdapterError(f"these tensors hold values that are not finite: {some(bad)}")
-    if _SHORTEST in expected and not (state[_SHORTEST] > 0).all():
-        raise AdapterError(f"{_SHORTEST} must hold positive distances")
-    lows = [n for n in expected if n.startswith("ranges.") and n.endswith(".low")]
-    if bad := sorted(n for n in lows if (state[n] > state[n.removesuffix("low") + "high"]).any()):
-        raise AdapterError(f"these lower ends of a gate's range lie above the upper ones: {some(bad)}")
 
 
 __all__ = ["METHODS", "Adapter", "TrainableTensor", "attach", "attached"]

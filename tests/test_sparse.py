@@ -112,7 +112,7 @@ def test_a_sparse_adapter_folds_exactly(adapter: Adapter) -> None:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-12)
     unchanged = 0
     for path, site in adapter.sites.items():
-        unchanged += int((site.value == adapter._originals[path]).sum())
+        unchanged += int((site.value == adapter.weights.originals[path]).sum())
     found = sparsity(adapter)
     assert unchanged == found.n_entries - found.n_changed
 
