@@ -98,4 +98,6 @@ def compare(
     write_tables(task, output, config, remark=verdict)
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
     say(verdict, style="bold")
+    if choice.stem is not None:
+        say(f"its adapter with the lowest validation error: {output / 'cells' / choice.stem}.adapter")
     conclude(results)
