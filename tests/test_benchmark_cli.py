@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -203,8 +203,8 @@ def test_an_option_takes_every_word_up_to_the_next_one() -> None:
     @inner.command(cls=several_values({"--words": any_word, "--numbers": is_number}))
     def command(
         name: str,
-        words: list[str] = typer.Option([]),
-        numbers: list[float] = typer.Option([]),  # noqa: B008
+        words: Annotated[list[str] | None, typer.Option()] = None,
+        numbers: Annotated[list[float] | None, typer.Option()] = None,
     ) -> None:
         typer.echo(f"{name} {words} {numbers}")
 
@@ -212,8 +212,8 @@ def test_an_option_takes_every_word_up_to_the_next_one() -> None:
         return CliRunner().invoke(inner, arguments).output.strip()
 
     assert said("x", "--words", "a", "b:c=1", "--numbers", "1", "-2") == "x ['a', 'b:c=1'] [1.0, -2.0]"
-    assert said("--numbers", "1", "2", "x") == "x [] [1.0, 2.0]"
-    assert said("x", "--words", "a", "--words", "b", "c") == "x ['a', 'b', 'c'] []"
+    assert said("--numbers", "1", "2", "x") == "x None [1.0, 2.0]"
+    assert said("x", "--words", "a", "--words", "b", "c") == "x ['a', 'b', 'c'] None"
 
 
 def test_without_a_terminal_a_cell_reports_at_every_tenth_and_messages_once(capsys: pytest.CaptureFixture[str]) -> None:

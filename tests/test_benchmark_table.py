@@ -324,31 +324,31 @@ def test_validation_decides_and_the_test_set_has_no_say() -> None:
         return replace(cell(method, 1, parameters=parameters), errors=errors)
 
     results = [tested("full", 30.0, 50.0, 300), tested("mmea", 40.0, 20.0, 100)]
-    choice = recommend(results, methods=["full", "mmea"], tolerance=0.02)
+    choice = recommend(results, tolerance=0.02)
     assert (choice.method, choice.stem) == ("full", "aspirin-full-seed1")
     swapped = [replace(r, errors={**r.errors, "test": measured(1.0, 1.0)}) for r in results]
-    assert recommend(swapped, methods=["full", "mmea"], tolerance=0.02) == choice
+    assert recommend(swapped, tolerance=0.02) == choice
 
 
 def test_energies_decide_where_there_are_no_forces() -> None:
     results = [cell("mmea", 1, 9.0, None), cell("full", 1, 4.0, None, parameters=900)]
-    choice = recommend(results, methods=["mmea", "full"], tolerance=0.02)
+    choice = recommend(results, tolerance=0.02)
     assert (choice.method, choice.quantity) == ("full", "energy")
     assert "validation error of the energy of 4.0 meV" in choice.reason
 
 
 def test_a_method_without_all_its_seeds_is_not_considered() -> None:
     results = [cell("mmea", 1), cell("mmea", 2), cell("full", 1, 0.1, 0.1), cell("full", 2, reason="nan")]
-    choice = recommend(results, methods=["mmea", "full"], tolerance=0.02)
+    choice = recommend(results, tolerance=0.02)
     assert choice.method == "mmea"
     assert "full is not considered: 1 of 2 trainings finished" in choice.reason
     with pytest.raises(TrainingError, match="full is not considered: 0 of 1"):
-        recommend([cell("full", 1, reason="nan")], methods=["full"], tolerance=0.02)
+        recommend([cell("full", 1, reason="nan")], tolerance=0.02)
 
 
 def test_a_method_that_breaks_equivariance_is_not_considered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "_is_equivariant", lambda label: label != "full:lr=1")
     results = [cell("mmea", 1), cell("full:lr=1", 1, 0.1, 0.1)]
-    choice = recommend(results, methods=["mmea", "full:lr=1"], tolerance=0.02)
+    choice = recommend(results, tolerance=0.02)
     assert choice.method == "mmea"
     assert "full:lr=1 is not considered: turning a structure" in choice.reason

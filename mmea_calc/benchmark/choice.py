@@ -50,23 +50,22 @@ class Choice:
     stem: str | None = None
 
 
-def recommend(results: Iterable[CellResult], *, methods: Sequence[str], tolerance: float) -> Choice:
+def recommend(results: Iterable[CellResult], *, tolerance: float) -> Choice:
     """Choose among the methods of a comparison.
 
     Args:
-        results: of its cells.
-        methods: that are compared.
+        results: of its cells, all of one system.
         tolerance: see `choose`.
 
     Raises:
         TrainingError: no method finished with all seeds.
     """
-    results = [r for r in results if r.method in methods]
+    results = list(results)
     done = [r for r in results if r.finished]
     seeds = {r.seed for r in results}
     quantity: Quantity = "forces" if any(r.errors[VALID].fine_tuned.forces_mae is not None for r in done) else "energy"
     candidates, left_out = [], []
-    for method in methods:
+    for method in dict.fromkeys(r.method for r in results):
         own = [r for r in done if r.method == method]
         values = [getattr(r.errors[VALID].fine_tuned, f"{quantity}_mae") for r in own]
         if not _is_equivariant(method):
