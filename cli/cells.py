@@ -49,7 +49,7 @@ def list_cells(task: Task, folder: Path, config: BenchmarkConfig) -> None:
     ]
     out().print(table(["trained on", "method", "seed", "epochs", "precision", ""], rows))
     counts = Counter(c.state() for c in cells)
-    say(f"{len(cells)} cells: {', '.join(f'{n} {state}' for state, n in counts.items())}; nothing was trained")
+    say(f"cells: {', '.join(f'{n} {state}' for state, n in counts.items())}; nothing was trained")
 
 
 def train_cells(task: Task, folder: Path, config: BenchmarkConfig, *, whole_report: bool) -> list[CellResult]:

@@ -67,7 +67,6 @@ def compare(
     added.
     """
     from mmea_calc.benchmark import PICTURE, describe, draw, own_task, recommend, write_tables
-    from mmea_calc.benchmark.method_spec import parse_methods
     from mmea_calc.config import COMPARE_SEEDS, TrainConfig
     from mmea_calc.data import read_dataset
 
@@ -92,10 +91,11 @@ def compare(
     table = write_tables(task, output, config)
     draw(table, output / PICTURE)
     show_table(table, describe(task, config, results))
-    labels = [spec.label for spec in parse_methods(config)]
-    choice = recommend(results, methods=labels, tolerance=config.tolerance)
+    choice = recommend(results, tolerance=config.tolerance)
     verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
     write_tables(task, output, config, remark=verdict)
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
     say(verdict, style="bold")
+    if choice.stem is not None:
+        say(f"its adapter with the lowest validation error: {output / 'cells' / choice.stem}.adapter")
     conclude(results)

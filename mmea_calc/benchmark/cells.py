@@ -113,8 +113,7 @@ class Cell:
 
     @property
     def stem(self) -> str:
-        words = (self.system.name, self.method.label, f"seed{self.seed}")
-        return "-".join(re.sub(r"[^\w=.+]+", "_", word) for word in words)
+        return stem_of(self.system.name, self.method.label, self.seed)
 
     @property
     def adapter(self) -> Path:
@@ -166,6 +165,11 @@ class Cell:
                 yield False
             else:
                 yield True
+
+
+def stem_of(system: str, method: str, seed: int) -> str:
+    """Name of the files of a cell, without what file systems do not like."""
+    return "-".join(re.sub(r"[^\w=.+]+", "_", word) for word in (system, method, f"seed{seed}"))
 
 
 def write_result(path: Path, result: CellResult) -> None:

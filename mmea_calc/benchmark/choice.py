@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import TrainingError
 from ..methods import METHODS
-from .cells import CellResult
+from .cells import CellResult, stem_of
 from .table import Quantity, Statistic
 from .tasks import VALID
 
@@ -40,31 +40,32 @@ class Choice:
         equal: all that count as equal to the best, the best first.
         quantity: whose validation error decided: of the forces, or of the energies where there are no forces.
         reason: sentences with the figures.
+        stem: of the files of its training with the lowest validation error, where trainings are known.
     """
 
     method: str | None
     equal: tuple[Candidate, ...]
     quantity: Quantity
     reason: str
+    stem: str | None = None
 
 
-def recommend(results: Iterable[CellResult], *, methods: Sequence[str], tolerance: float) -> Choice:
+def recommend(results: Iterable[CellResult], *, tolerance: float) -> Choice:
     """Choose among the methods of a comparison.
 
     Args:
-        results: of its cells.
-        methods: that are compared.
+        results: of its cells, all of one system.
         tolerance: see `choose`.
 
     Raises:
         TrainingError: no method finished with all seeds.
     """
-    results = [r for r in results if r.method in methods]
+    results = list(results)
     done = [r for r in results if r.finished]
     seeds = {r.seed for r in results}
     quantity: Quantity = "forces" if any(r.errors[VALID].fine_tuned.forces_mae is not None for r in done) else "energy"
     candidates, left_out = [], []
-    for method in methods:
+    for method in dict.fromkeys(r.method for r in results):
         own = [r for r in done if r.method == method]
         values = [getattr(r.errors[VALID].fine_tuned, f"{quantity}_mae") for r in own]
         if not _is_equivariant(method):
@@ -79,7 +80,10 @@ def recommend(results: Iterable[CellResult], *, methods: Sequence[str], toleranc
     bare = Statistic.of([getattr(r.errors[VALID].zero_shot, f"{quantity}_mae") for r in done])
     choice = choose(candidates, bare.mean, tolerance=tolerance, quantity=quantity)
     sentences = [choice.reason, *(f"{sentence}." for sentence in left_out)]
-    return Choice(choice.method, choice.equal, choice.quantity, " ".join(sentences))
+    own = [r for r in done if r.method == choice.method]
+    lowest = min(own, key=lambda r: getattr(r.errors[VALID].fine_tuned, f"{quantity}_mae"), default=None)
+    stem = None if lowest is None else stem_of(lowest.system, lowest.method, lowest.seed)
+    return Choice(choice.method, choice.equal, choice.quantity, " ".join(sentences), stem)
 
 
 def choose(candidates: Sequence[Candidate], bare: float, *, tolerance: float, quantity: Quantity = "forces") -> Choice:

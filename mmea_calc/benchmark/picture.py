@@ -56,7 +56,7 @@ def _panel(axes: Axes, table: ResultTable, quantity: Quantity) -> None:
         axes.errorbar(
             [x for x, _ in points],
             [value.mean for _, value in points],
-            yerr=[value.std or 0.0 for _, value in points],
+            yerr=None if hollow else [value.std or 0.0 for _, value in points],
             linestyle="none",
             marker=_MARKS[i % len(_MARKS)],
             markersize=6,

@@ -65,7 +65,7 @@ def describe(task: Task, config: BenchmarkConfig, results: Sequence[CellResult] 
         f"{MEASURES[task.measure].capitalize()}: energies of the whole structure in meV / forces in meV/Å{tested}. "
         "Mean ± standard deviation over seeds. The best of every column is bold.",
         f"Backbone {config.backbone}, recipe {config.recipe or 'default of each method'}"
-        + ("" if config.epochs is None else f", {config.epochs} epochs")
+        + ("" if config.epochs is None else f", epochs {config.epochs}")
         + f", reference energies {reference_energies_of(task, config) or 'isolated atoms, or estimated'}{validated}.",
     ]
     if machines := sorted({r.hardware for r in results if r.hardware}):

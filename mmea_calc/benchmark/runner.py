@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,14 +128,8 @@ def run(
 
         def train(cell: Cell = cell, tell: Callable[..., None] = tell) -> CellResult:
             tell("begin")
-            return attempt(
-                cell,
-                task,
-                config,
-                lambda: backbones.load(cell.training.dtype),
-                reports.get(cell.system.name),
-                lambda event: tell("training", training=event),
-            )
+            load, report = partial(backbones.load, cell.training.dtype), reports.get(cell.system.name)
+            return attempt(cell, task, config, load, report, lambda event: tell("training", training=event))
 
         what, result = _one(cell, train)
         if result is not None:
