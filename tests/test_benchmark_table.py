@@ -15,7 +15,7 @@ from mmea_calc.benchmark.cells import CellResult, Measured, SetErrors, stem_of, 
 from mmea_calc.benchmark.choice import Candidate, choose
 from mmea_calc.benchmark.method_spec import parse_methods
 from mmea_calc.benchmark.picture import draw
-from mmea_calc.benchmark.published import ACAC, RMD17, THREE_BPA, published
+from mmea_calc.benchmark.published import ACAC, FAR, RMD17, THREE_BPA, Figures, published
 from mmea_calc.benchmark.report import markdown, write_tables
 from mmea_calc.benchmark.table import ZERO_SHOT, Column, ResultTable, Statistic, build_table
 from mmea_calc.benchmark.tasks import VALID, Task
@@ -119,6 +119,13 @@ def test_published_figures_at_300_k_are_not_shown_for_other_training_data() -> N
     hot = table(cell("mmea", 1, system="600K", test="600 K"), benchmark="acac")
     assert [row.kind for row in cool.rows] == ["zero-shot", "method", "published"]
     assert [row.kind for row in hot.rows] == ["zero-shot", "method"]
+
+
+@pytest.mark.parametrize("figures", [RMD17, THREE_BPA, ACAC, FAR])
+def test_published_figures_stand_under_the_labels_that_methods_have(figures: Figures) -> None:
+    labels = {label for column in figures.values() for label in column}
+    assert labels
+    assert {parse_method(label, BenchmarkConfig()).label for label in labels} == labels
 
 
 def test_published_figures_are_complete_and_those_of_the_chosen_backbone() -> None:

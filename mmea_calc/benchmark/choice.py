@@ -134,5 +134,4 @@ def choose(candidates: Sequence[Candidate], bare: float, *, tolerance: float, qu
 
 
 def _is_equivariant(label: str) -> bool:
-    method = METHODS[label.partition(":")[0]]
-    return bool(getattr(method, "equivariant", True))
+    return METHODS[label.partition(":")[0]].equivariant
