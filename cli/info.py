@@ -67,10 +67,7 @@ def _marks(adapter: AdapterFile) -> Iterator[tuple[str, str]]:
 
     method = METHODS.get(adapter.config.method)
     if method is not None and not method.equivariant:
-        yield (
-            "not equivariant",
-            "energies change when a structure is turned; a baseline for comparisons, not for dynamics",
-        )
+        yield "symmetry", "not equivariant: energies change when a structure is turned; a baseline, not for dynamics"
 
 
 def _errors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -95,7 +95,7 @@ def attach(network: nn.Module, config: AdapterConfig | None = None, *, start: bo
     generator = torch.Generator().manual_seed(config.seed)
     updates = {s.path: method.updates[s.kind](s, config, generator) for s in sites}
     for path, update in updates.items():
-        if path in fresh and isinstance(update, Replacement):
+        if fresh and isinstance(update, Replacement):
             update.start(fresh[path])
     make = method.gates.make if method.gates is not None else None
     parts = {name: make(linear, config, generator) for name, linear in linears.items()} if make is not None else {}

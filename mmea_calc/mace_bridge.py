@@ -199,7 +199,7 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def fresh_tensors(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """The parameters of a freshly initialised network of `network`'s shape, by name, in float64.
+    """The state dict of a freshly initialised network of `network`'s shape, in float64.
 
     Raises:
         BackboneError: `network` is none that `build_network` can build.
@@ -207,7 +207,7 @@ def fresh_tensors(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     config = config_of(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return {name: p.detach() for name, p in build_network(config).named_parameters()}
+        return build_network(config).state_dict()
 
 
 # --- network -> config ----------------------------------------------------------------------------------------------

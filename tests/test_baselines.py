@@ -82,17 +82,18 @@ def test_scratch_starts_as_a_fresh_network_of_the_seed_and_shape(network: nn.Mod
     assert torch.equal(torch.random.get_rng_state(), global_state)
     fresh = random_network(seed=5)
     assert torch.equal(forces(network), forces(fresh))
-    assert {path: tuple(site.value.shape) for path, site in adapter.sites.items()} == {
-        name: tuple(p.shape) for name, p in fresh.named_parameters() if name in adapter.sites
-    }
-    assert adapter.n_parameters == sum(p.numel() for n, p in fresh.named_parameters() if n in adapter.sites)
+    state = fresh.state_dict()
+    assert all(torch.equal(site.value, state[path]) for path, site in adapter.sites.items())
+    assert {name for name, _ in fresh.named_parameters()} <= set(adapter.sites)
 
 
 def test_a_scratch_network_does_not_depend_on_the_backbone_s_weights() -> None:
     one, other = random_network(0), random_network(1)
+    assert not torch.allclose(forces(one), forces(other))
     for network in (one, other):
         attach(network, SCRATCH)
     assert torch.equal(forces(one), forces(other))
+    assert bool(forces(one).any())
 
 
 def test_a_scratch_file_holds_every_tensor_and_needs_no_random_start(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_trained_bottleneck_breaks_equivariance_and_no_other_method_does(netwo
 def test_dynamics_refuses_a_bottleneck_unless_forced(tmp_path: Path) -> None:
     potential = bottlenecked(tmp_path / "a.adapter")
     atoms = ethanol()
-    with pytest.raises(DynamicsError, match="'bottleneck' of this adapter is not equivariant.*force"):
+    with pytest.raises(DynamicsError, match=r"'bottleneck' of this adapter is not equivariant.*force"):
         run_md(potential, atoms, tmp_path / "RUN", SHORT)
     assert not (tmp_path / "RUN").exists()
     with pytest.raises(DynamicsError, match="not equivariant"):
@@ -180,7 +181,7 @@ def test_the_commands_say_that_it_is_not_equivariant(on_disk: tuple[Path, Path, 
     adapter, _, start = on_disk
     shown = mmea("info", adapter)
     assert shown.exit_code == 0
-    assert "not equivariant" in shown.output
+    assert "not equivariant" in " ".join(shown.output.split())
     refused = mmea("md", adapter, start, "--time", "2fs", "-o", tmp_path / "RUN", "--device", "cpu")
     assert refused.exit_code == 1
     assert "not equivariant" in refused.stderr
@@ -205,13 +206,11 @@ def test_the_calculator_warns_of_it(on_disk: tuple[Path, Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("config", "lr", "epochs"),
     [
-        (SCRATCH, 0.05, 30),
+        (SCRATCH, 0.03, 16),
         (BOTTLENECK, 0.01, 6),
         (AdapterConfig(gate_rank=4, low_rank=4, nonlinearity=False, separate_bottlenecks=True, gains="order"), 0.01, 6),
-        (AdapterConfig(method="gates", gate_rank=4, shift=False), 0.03, 6),
-        (AdapterConfig(method="gates", gate_rank=4, gains="none"), 0.01, 6),
     ],
-    ids=["scratch", "bottleneck", "three ablations", "no shift", "no gains"],
+    ids=["scratch", "bottleneck", "three ablations"],
 )
 def test_training_improves_resumes_to_the_same_bits_and_comes_back_from_its_file(
     tmp_path: Path, config: AdapterConfig, lr: float, epochs: int

@@ -48,8 +48,8 @@ TAKEN: list[nn.Module] = []
 def _networks_return(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handles: list[Adapter] = []
 
-    def recorded(*args: Any) -> Adapter:
-        handles.append(attach(*args))
+    def recorded(*args: Any, **options: Any) -> Adapter:
+        handles.append(attach(*args, **options))
         return handles[-1]
 
     monkeypatch.setattr("mmea_calc.potential.attach", recorded)

@@ -175,6 +175,23 @@ def test_keys_of_the_file_are_option_names_with_hyphens_or_underscores(tmp_path:
     assert (chosen.options["E0s"], chosen.options["valid"]) == ({"H": -13.6}, Path("v.xyz"))
 
 
+def test_ablations_of_the_gate_are_flags_and_keys_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("no-shift: true\nseparate-bottlenecks: true\nnonlinearity: true\n")
+    chosen = settings(file, nonlinearity=False, gains="order").adapter
+    assert chosen == AdapterConfig(nonlinearity=False, separate_bottlenecks=True, shift=False, gains="order")
+    options = ["--no-nonlinearity", "--separate-bottlenecks", "--no-shift", "--gains", "order"]
+    result = mmea("finetune", "nowhere.xyz", *options)
+    assert (result.exit_code, "nowhere.xyz" in result.stderr) == (1, True)
+    assert mmea("finetune", "nowhere.xyz", "--gains", "both").exit_code == 2
+
+
+def test_a_method_with_a_recipe_of_its_name_uses_it_unless_another_is_named() -> None:
+    assert settings(method="sparse").training == TrainConfig(**RECIPES["sparse"])
+    assert settings(method="sparse", recipe="sparse-H").training.tau_weight_decay == 0.3
+    assert settings(method="sparse", recipe="default").training == TrainConfig()
+
+
 def test_the_file_can_set_what_has_no_flag_and_undo_what_a_recipe_set(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("recipe: paper\nclip_norm: 1e-1\nstage_two_start: null\n")
