@@ -394,3 +394,17 @@ def test_a_component_that_never_moved_still_levels_off_smoothly() -> None:
     z = gate._level_off(torch.tensor([[-50.0], [0.3], [50.0]], dtype=F64)).flatten()
     margin = MARGIN * MIN_RANGE_WIDTH
     torch.testing.assert_close(z, torch.tensor([0.3 - margin, 0.3, 0.3 + margin], dtype=F64), rtol=0, atol=1e-12)
+
+
+def test_leaving_z_alone_inside_its_range_is_levelling_it_off_to_the_last_bit() -> None:
+    gate = MagnitudeGate(o3.Linear("3x0e", "3x0e").double(), rank=2)
+    z = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    gate.set_range(z.detach().amin(0), z.detach().amax(0))
+    far = torch.full((1, 2), 100.0, dtype=torch.float64)
+    inside = gate._level_off(z)
+    with_another = gate._level_off(torch.cat([z, far]))  # one row outside: all are computed
+    assert inside is z
+    assert torch.equal(with_another[:5], z)
+    (slope,) = torch.autograd.grad(with_another[:5].sum(), z, create_graph=True)
+    assert torch.equal(slope, torch.ones_like(z))
+    assert float(with_another[5].detach().max()) < 100
