@@ -2,24 +2,17 @@
 
     read and check -> attach -> reference energies -> train -> record ranges -> errors, also of the backbone -> write
 
-The run folder holds all that a run was: `config.json` (resolved settings), `data.json` (report on the data and the
-split), `log.csv`, `checkpoint.pt`, `learning_curve.png`, `parity_valid.png` and `parity_test.png`; for a sparse method
-also `sparsity.csv`, the entries left unchanged in every path.
+`run_folder` tells what is kept beside the adapter.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +27,11 @@ from .data import split
 from .dataset import Dataset
 from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
-from .files import json_ready, write_text
 from .optimiser import check_optimiser
 from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
+from .run_folder import RunFolder, versions
 from .sparsity import Sparsity, sparsity
 from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
 from .updates import SoftThreshold
@@ -47,7 +40,6 @@ NOT_EQUIVARIANT = (
     "method {} is not equivariant: energies change when a structure is turned. It is a baseline for comparisons, and "
     "dynamics refuses it"
 )
-PACKAGES = ("mmea", "torch", "mace-torch", "e3nn", "ase", "matscipy", "numpy", "safetensors", "schedulefree")
 
 
 @dataclass(frozen=True)
@@ -235,20 +227,19 @@ class _Run:
         report: PreflightReport,
         level_of_theory: str | None,
     ) -> None:
-        self.output, self.run_dir = output, run_dir
+        self.output, self.folder = output, RunFolder(run_dir)
         self.potential, self.handle, self.training, self.samples = potential, handle, training, samples
         self.start, self.initial = start, dict[str, Errors]()
         self.train, self.valid, self.test = data
         self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
     def go(self, resume: bool, progress: Progress) -> FinetuneResult:
-        checkpoint = self.run_dir / "checkpoint.pt"
         trainer = Trainer(
             self.potential,
             self.handle,
             *self.samples,
             self.training,
-            checkpoint=checkpoint,
+            checkpoint=self.folder.checkpoint,
             progress=progress,
         )
         for text in (self.energies.note, *self.energies.warnings):
@@ -267,12 +258,12 @@ class _Run:
         if resume:
             found = trainer.restore()
             text = f"resuming after epoch {trainer.epoch}" if found else "no checkpoint found: training from the start"
-            progress(ProgressEvent(message=f"{self.run_dir}: {text}"))
+            progress(ProgressEvent(message=f"{self.folder.path}: {text}"))
         self._write_settings()
         try:
             trainer.run()
         except TrainingError as problem:
-            self._write_log(trainer)
+            self.folder.write_csv("log.csv", trainer.log)
             if trainer.best is not None:
                 self._finish(trainer)
                 raise TrainingError(f"{problem}. The best adapter so far is in {self.output}") from None
@@ -294,14 +285,14 @@ class _Run:
         found = self._sparsity(trainer)
         file = self._adapter_file(trainer, zero_shot, fine_tuned, found)
         write_adapter(self.output, file)
-        self._write_log(trainer)
-        self._draw(trainer, zero_shot["valid"], evaluations)
+        self.folder.write_csv("log.csv", trainer.log)
+        self.folder.draw(trainer.log, zero_shot["valid"].to_dict(), evaluations)
         after = fine_tuned["valid"]
         before = [zero_shot["valid"], *([self.initial["valid"]] if self.initial else [])]
         key = "energy_mae_meV" if np.isnan(after.forces_mae_meV_per_A) else "forces_mae_meV_per_A"
         return FinetuneResult(
             path=self.output,
-            run_dir=self.run_dir,
+            run_dir=self.folder.path,
             adapter=file,
             zero_shot=zero_shot,
             initial=self.initial,
@@ -365,7 +356,6 @@ class _Run:
     # -- the run folder ------------------------------------------------------------------------------------------
 
     def _write_settings(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         backbone = self.potential.backbone
         settings = {
             "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "head": backbone.head},
@@ -379,12 +369,12 @@ class _Run:
             },
             "versions": versions(),
         }
-        write_text(self.run_dir / "config.json", json.dumps(json_ready(settings), indent=1))
+        self.folder.write_json("config.json", settings)
         data = {
             "report": self.report.to_dict(),
             "split": {"train": self.train.indices, "valid": self.valid.indices, "seed": self.training.seed},
         }
-        write_text(self.run_dir / "data.json", json.dumps(json_ready(data), indent=1))
+        self.folder.write_json("data.json", data)
 
     def _sparsity(self, trainer: Trainer) -> Sparsity | None:
         """Of a method that leaves entries unchanged: told, and kept path by path."""
@@ -394,44 +384,8 @@ class _Run:
         orders = ", ".join(f"l = {k} {v:.1%}" if k.isdigit() else f"{k} {v:.1%}" for k, v in found.by_order().items())
         text = f"{found.overall:.1%} of {found.n_entries:,} entries are left unchanged ({orders})"
         trainer.progress(ProgressEvent(message=text))
-        _write_csv(self.run_dir / "sparsity.csv", found.to_dict()["paths"])
+        self.folder.write_csv("sparsity.csv", found.to_dict()["paths"])
         return found
-
-    def _write_log(self, trainer: Trainer) -> None:
-        if trainer.log:
-            _write_csv(self.run_dir / "log.csv", trainer.log)
-
-    def _draw(self, trainer: Trainer, zero_shot: Errors, evaluations: dict[str, Evaluation]) -> None:
-        from . import plots  # matplotlib is slow to import and not needed before
-
-        before = {f"valid_{key}": value for key, value in zero_shot.to_dict().items()}
-        if trainer.log:
-            plots.learning_curve(trainer.log, self.run_dir / "learning_curve.png", zero_shot=before)
-        for name, evaluation in evaluations.items():
-            file = self.run_dir / f"parity_{name}.png"
-            plots.parity(
-                evaluation.parity(), file, title=f"{evaluation.dataset.name}: {len(evaluation.dataset)} structures"
-            )
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _errors(group: GroupErrors) -> Errors:
@@ -446,4 +400,4 @@ def _errors(group: GroupErrors) -> Errors:
     )
 
 
-__all__ = ["FinetuneResult", "finetune", "resolve_device", "versions"]
+__all__ = ["FinetuneResult", "finetune", "resolve_device"]

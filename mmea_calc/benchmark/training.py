@@ -16,9 +16,10 @@ from ..config import BenchmarkConfig, to_dict
 from ..dataset import Dataset
 from ..errors import MMEAError
 from ..evaluation import evaluate
-from ..finetuning import finetune, versions
+from ..finetuning import finetune
 from ..potential import Potential
 from ..preflight import PreflightReport
+from ..run_folder import versions
 from ..trainer import Progress
 from .cells import Cell, CellResult, Measured, SetErrors, write_result
 from .results_folder import reference_energies_of
