@@ -35,6 +35,7 @@ The paper's ablations are options:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -74,7 +75,7 @@ def reason_not_gatable(linear: Any, *, shift: bool = True, gains: Gains = "chann
         return reason
     if not _even_scalars(linear.irreps_in):
         return f"its input {linear.irreps_in} has no even scalar (0e) for the gate to see"
-    if not _output_blocks(linear.irreps_out, shift, gains):
+    if all(run.kind == "none" for run in _output_runs(linear.irreps_out, shift, gains)[0]):
         return f"its output {linear.irreps_out} has nothing that a gate with shift={shift}, gains={gains!r} acts on"
     return None
 
@@ -115,6 +116,7 @@ class MagnitudeGate(nn.Module):
 
     z_low: Tensor  # (r,), or (2r,) with separate bottlenecks: of the shift, then of the gains
     z_high: Tensor
+    factor_of: Tensor  # (scaled components of y,): output of `gain` that scales each
 
     def __init__(
         self,
@@ -135,10 +137,10 @@ class MagnitudeGate(nn.Module):
             raise ValueError(f"this layer cannot be gated: {reason}")
         self.rank, self.phi, self.saturate, self.nonlinearity = rank, phi, saturate, nonlinearity
         self.scalars = _even_scalars(linear.irreps_in)
-        self.blocks = _output_blocks(linear.irreps_out, shift, gains)
+        self.runs, factor_of = _output_runs(linear.irreps_out, shift, gains)
+        self.widths = {kind: [r.width for r in self.runs if r.kind == kind] for kind in ("shift", "gain")}
         m0 = sum(s.stop - s.start for s in self.scalars)
-        k0 = max((b.heads.stop for b in self.blocks if b.shifted), default=0)
-        k1 = max((b.heads.stop for b in self.blocks if not b.shifted), default=0)
+        k0, k1 = sum(self.widths["shift"]), max(factor_of, default=-1) + 1
 
         like: dict[str, Any] = dict(dtype=linear.weight.dtype, device=linear.weight.device)
         self.down = _bottleneck(m0, rank, generator, **like)
@@ -149,6 +151,7 @@ class MagnitudeGate(nn.Module):
             self.shift.weight.data.copy_(init_std * normal)
         self.gain = _linear(rank, k1, **like) if k1 else None
 
+        self.register_buffer("factor_of", torch.tensor(factor_of, device=like["device"]), persistent=False)
         width = rank if self.gain_down is None else 2 * rank
         self.register_buffer("z_low", torch.full((width,), -torch.inf, **like))
         self.register_buffer("z_high", torch.full((width,), torch.inf, **like))
@@ -231,51 +234,57 @@ class MagnitudeGate(nn.Module):
         if self.gain is not None:  # eqs. 5, 6
             g = self.gain(z_gain)
             gain = torch.exp(g) if self.phi == "exp" else 1 + g
-        parts, end = [], 0
-        for block in self.blocks:
-            if end < block.where.start:  # what an ablated head leaves alone
-                parts.append(y[..., end : block.where.start])
-            end = block.where.stop
-            piece = y[..., block.where]
-            if block.shifted:
-                assert shift is not None
-                parts.append(piece + shift[..., block.heads])  # eq. 7
-            else:
-                assert gain is not None
-                channels = piece.unflatten(-1, (block.channels, block.components))
-                parts.append((channels * gain[..., block.heads].unsqueeze(-1)).flatten(-2))  # eq. 8
-        if end < y.shape[-1]:
-            parts.append(y[..., end:])
+        # Few large operations: a gate's time on a small molecule is their number. `split` has a cheap gradient.
+        shifts = iter(() if shift is None else shift.split(self.widths["shift"], dim=-1))
+        factors = gain.index_select(-1, self.factor_of) if gain is not None else None
+        gains = iter(() if factors is None else factors.split(self.widths["gain"], dim=-1))
+        parts = []
+        for run, piece in zip(self.runs, y.split([run.width for run in self.runs], dim=-1), strict=True):
+            if run.kind == "shift":
+                piece = piece + next(shifts)  # eq. 7
+            elif run.kind == "gain":
+                piece = piece * next(gains)  # eq. 8
+            parts.append(piece)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, phi={self.phi}, saturate={self.saturate}, calibrated={self.calibrated}"
 
 
-class _Block:
-    """A run of output channels: where it lies in y, and which outputs of the shift or gain head drive it."""
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring components of y that are shifted, scaled or left alone."""
 
-    def __init__(self, where: slice, heads: slice, channels: int, components: int, shifted: bool) -> None:
-        self.where, self.heads = where, heads
-        self.channels, self.components, self.shifted = channels, components, shifted
+    kind: Literal["shift", "gain", "none"]
+    width: int
 
 
-def _output_blocks(irreps: o3.Irreps, shift: bool, gains: Gains) -> list[_Block]:
-    """The runs that a gate acts on; several runs of an irrep share one output of the gain head if gains is "order"."""
-    blocks: list[_Block] = []
-    used = {True: 0, False: 0}
-    of_irrep: dict[o3.Irrep, slice] = {}
-    for (mul, ir), where in zip(irreps, irreps.slices(), strict=True):
-        shifted = ir.l == 0 and ir.p == 1
-        if mul == 0 or not (shift if shifted else gains != "none"):
+def _output_runs(irreps: o3.Irreps, shift: bool, gains: Gains) -> tuple[list[_Run], list[int]]:
+    """The runs of y, and for every scaled component, in their order, the output of the gain head that is its factor.
+
+    A factor is shared by the components of a channel, and by all channels of an irrep if gains is "order".
+    """
+    runs: list[_Run] = []
+    factor_of: list[int] = []
+    of_irrep: dict[o3.Irrep, int] = {}
+    n_factors = 0
+    for mul, ir in irreps:
+        if mul == 0:
             continue
-        shared = gains == "order" and not shifted
-        heads = slice(used[shifted], used[shifted] + (1 if shared else mul))
-        if shared:
-            heads = of_irrep.setdefault(ir, heads)
-        used[shifted] = max(used[shifted], heads.stop)
-        blocks.append(_Block(where, heads, mul, ir.dim, shifted))
-    return blocks
+        kind: Literal["shift", "gain", "none"] = "none"
+        if ir.l == 0 and ir.p == 1:
+            kind = "shift" if shift else "none"
+        elif gains != "none":
+            kind = "gain"
+            shared = gains == "order"
+            first = of_irrep.setdefault(ir, n_factors) if shared else n_factors
+            factor_of += [first + (0 if shared else channel) for channel in range(mul) for _ in range(ir.dim)]
+            n_factors = max(n_factors, first + (1 if shared else mul))
+        width = mul * ir.dim
+        if runs and runs[-1].kind == kind:
+            width += runs.pop().width
+        runs.append(_Run(kind, width))
+    return runs, factor_of
 
 
 def _bottleneck(
