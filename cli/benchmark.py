@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from .cells import conclude, list_cells, settings, show_table, train_cells
-
-TRAINING = "Training"
+from .options import TRAINING, Backbone, Device, Epochs, Head, Methods, Recipe, Seeds, TrainingDtype
 
 
 def benchmark(
@@ -29,27 +28,17 @@ def benchmark(
             metavar="NAME...", help="Of rmd17, all that are there if not given; of the others, 300K or what else is."
         ),
     ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METHOD...", help="Such as mmea elora full mmea:gate_rank=32."),
-    ] = None,
-    seeds: Annotated[list[int] | None, typer.Option(metavar="N...", help="One training with each.", min=0)] = None,
-    backbone: Annotated[str | None, typer.Option(help="Name (see mmea backbone list) or path.")] = None,
-    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="paper, default; each method's own if not given.", rich_help_panel=TRAINING)
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Instead of the recipe's.", min=1, rich_help_panel=TRAINING)
-    ] = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    backbone: Backbone = None,
+    head: Head = None,
+    recipe: Recipe = None,
+    epochs: Epochs = None,
     E0s: Annotated[
         str | None, typer.Option("--E0s", help="Reference energies, as for mmea finetune.", rich_help_panel=TRAINING)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
-    dtype: Annotated[
-        Literal["float32", "float64"] | None,
-        typer.Option(help="Precision, instead of the recipe's.", rich_help_panel=TRAINING),
-    ] = None,
+    device: Device = None,
+    dtype: TrainingDtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, train nothing.")] = False,
 ) -> None:
     """Train every method on every molecule with every seed, and print the published table with one's own figures.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from .options import OwnBackbone, OwnDevice, OwnDtype, OwnHead
 from .progress import duration
 from .units import femtoseconds
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mmea_calc.dataset import Dataset
     from mmea_calc.potential import Potential
 
-MODEL, DYNAMICS, BOUNDS = "Backbone and device", "Dynamics", "Bounds"
+DYNAMICS, BOUNDS = "Dynamics", "Bounds"
 # The adapter's header keeps the verdict under this name among its checks.
 CHECK = "soundness"
 
@@ -58,15 +59,10 @@ def check(
     max_drift: Annotated[
         float | None, typer.Option(help="At constant energy, meV/atom/ps.", rich_help_panel=BOUNDS)
     ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(help="Name or path of the adapter's backbone, if not found by itself.", rich_help_panel=MODEL),
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.", rich_help_panel=MODEL)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)] = None,
-    dtype: Annotated[
-        Literal["float32", "float64"] | None, typer.Option(help="Of the network.", rich_help_panel=MODEL)
-    ] = None,
+    backbone: OwnBackbone = None,
+    head: OwnHead = None,
+    device: OwnDevice = None,
+    dtype: OwnDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Check stability, short-range walls, forgetting and drift, adapted beside bare; the adapter keeps the verdict."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from .cells import conclude, list_cells, settings, show_table, train_cells
+from .options import Backbone, Device, Epochs, Head, Methods, Recipe, Seeds, TrainingDtype
 
-DATA, TRAINING = "Data", "Training"
+DATA = "Data"
 
 
 def compare(
@@ -32,10 +33,8 @@ def compare(
         float | None,
         typer.Option(help="Part of TRAIN drawn by the seed when --valid is not given.", rich_help_panel=DATA),
     ] = None,
-    methods: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD...", help="Such as mmea elora full mmea:gate_rank=32.")
-    ] = None,
-    seeds: Annotated[list[int] | None, typer.Option(metavar="N...", help="One training with each.", min=0)] = None,
+    methods: Methods = None,
+    seeds: Seeds = None,
     energy_key: Annotated[
         str | None, typer.Option(help="Name of the energies; detected if not given.", rich_help_panel=DATA)
     ] = None,
@@ -46,19 +45,12 @@ def compare(
     E0s: Annotated[
         str | None, typer.Option("--E0s", help="Reference energies, as for mmea finetune.", rich_help_panel=DATA)
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Name (see mmea backbone list) or path.")] = None,
-    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="paper, default; each method's own if not given.", rich_help_panel=TRAINING)
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Instead of the recipe's.", min=1, rich_help_panel=TRAINING)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
-    dtype: Annotated[
-        Literal["float32", "float64"] | None,
-        typer.Option(help="Precision, instead of the recipe's.", rich_help_panel=TRAINING),
-    ] = None,
+    backbone: Backbone = None,
+    head: Head = None,
+    recipe: Recipe = None,
+    epochs: Epochs = None,
+    device: Device = None,
+    dtype: TrainingDtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trainings, do none.")] = False,
 ) -> None:
     """Train several methods on the same data and recommend one, by validation errors and size.

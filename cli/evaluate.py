@@ -55,14 +55,13 @@ def _potential(file: Path, backbone: str | None, device: str | None, dtype: Prec
     from mmea_calc.adapter_file import read_adapter
     from mmea_calc.backbone import load_backbone
     from mmea_calc.config import TrainConfig
-    from mmea_calc.finetuning import resolve_device
     from mmea_calc.potential import Potential
 
     content, defaults = read_adapter(file), TrainConfig()
     loaded = load_backbone(
         backbone or content.backbone,
         head=content.head,
-        device=resolve_device(device or defaults.device),
+        device=device or defaults.device,
         dtype=dtype or defaults.dtype,
     )
     potential = Potential(loaded)

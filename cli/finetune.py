@@ -172,7 +172,6 @@ def _run(train_files: list[Path], settings: Settings) -> None:
     from mmea_calc.backbone import load_backbone
     from mmea_calc.config import DEFAULT_BACKBONE
     from mmea_calc.finetuning import finetune as train_adapter
-    from mmea_calc.finetuning import resolve_device
 
     from .console import out
     from .progress import TrainingDisplay
@@ -183,7 +182,7 @@ def _run(train_files: list[Path], settings: Settings) -> None:
     backbone = load_backbone(
         options["backbone"] or DEFAULT_BACKBONE,
         head=options["head"],
-        device=resolve_device(training.device),
+        device=training.device,
         dtype=training.dtype,
     )
     _introduce(backbone)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .options import OwnBackbone, OwnDevice, OwnDtype, OwnHead
 from .progress import duration
 from .units import femtoseconds, per_femtosecond
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from mmea_calc.md.run import MDProgress
     from mmea_calc.md.summary import ReplicaSummary, Summary
 
-MODEL, RUN, OUTPUT, WATCH = "Backbone and device", "Dynamics", "Output", "Watching"
+RUN, OUTPUT, WATCH = "Dynamics", "Output", "Watching"
 
 
 def md(
@@ -74,15 +75,10 @@ def md(
     max_force: Annotated[
         float | None, typer.Option("--max-force", help="Bound in eV/A.", rich_help_panel=WATCH)
     ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(help="Name or path of the adapter's backbone, if not found by itself.", rich_help_panel=MODEL),
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="Head of a backbone with several.", rich_help_panel=MODEL)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)] = None,
-    dtype: Annotated[
-        Literal["float32", "float64"] | None, typer.Option(help="Of the network.", rich_help_panel=MODEL)
-    ] = None,
+    backbone: OwnBackbone = None,
+    head: OwnHead = None,
+    device: OwnDevice = None,
+    dtype: OwnDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run molecular dynamics: every structure at every temperature, all replicas as one batch."""

@@ -60,7 +60,7 @@ def _form_of(init: Path, asked_for: Mapping[str, Any]) -> dict[str, Any]:
     from mmea_calc.adapter_file import read_adapter
 
     file = read_adapter(init)
-    form = {f.name: getattr(file.config, f.name) for f in fields(AdapterConfig) if f.name not in ("seed", "init_std")}
+    form = file.config.form()
     for name, value in form.items():
         if name in asked_for and asked_for[name] != value:
             raise typer.BadParameter(

@@ -98,8 +98,7 @@ def attach(network: nn.Module, config: AdapterConfig | None = None, *, start: bo
     for path, update in updates.items():
         if fresh and isinstance(update, Replacement):
             update.start(fresh[path])
-    make = method.gates.make if method.gates is not None else None
-    parts = {name: make(linear, config, generator) for name, linear in linears.items()} if make is not None else {}
+    parts = {name: method.gates.make(linear, config, generator) for name, linear in linears.items() if method.gates}
     return Adapter(network, config, parts, {s.path: s for s in sites}, updates, skipped)
 
 
@@ -155,8 +154,10 @@ def _linear_layers(
     """The linear layers whose output the method changes, and those that it would but cannot, with the reason."""
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    for name, module in network.named_modules() if method.gates is not None else ():
-        if method.gates is not None and isinstance(module, o3.Linear) and wanted(name):
+    if method.gates is None:
+        return found, skipped
+    for name, module in network.named_modules():
+        if isinstance(module, o3.Linear) and wanted(name):
             if reason := method.gates.reason_not(module, config):
                 skipped[name] = reason
             else:

@@ -53,6 +53,10 @@ class AdapterConfig:
     targets: tuple[str, ...] | None = None
     seed: int = 0
 
+    def form(self) -> dict[str, Any]:
+        """The settings but those of initial values: adapters of one form differ in their values alone."""
+        return {k: v for k, v in asdict(self).items() if k not in ("seed", "init_std")}
+
 
 @dataclass(frozen=True)
 class TrainConfig:

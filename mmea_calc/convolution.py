@@ -37,13 +37,14 @@ def use_fast_convolution(network: nn.Module) -> dict[str, str]:
         Blocks that keep their own, with the reason.
     """
     kept = {}
+    planner = _Planner()  # the blocks of a network see the same edges
     for name, block in interaction_blocks(network):
         if reason := _reason_not_covered(block.conv_tp):
             kept[name] = reason
         elif not isinstance(block.conv_tp.__dict__.get("forward"), FastConvolution):
             # mace calls `conv_tp(features, Y, weights, edge_index)` of a block with this attribute, and sums nothing.
             block.conv_fusion = True
-            block.conv_tp.__dict__["forward"] = FastConvolution(block.conv_tp)
+            block.conv_tp.__dict__["forward"] = FastConvolution(block.conv_tp, planner)
     return kept
 
 
@@ -96,45 +97,13 @@ class _Plan:
     order: Tensor  # the nodes in that order, those without neighbours left out
 
 
-class FastConvolution:
-    """The convolution of one interaction block.
+class _Planner:
+    """Makes plans, and keeps that of the edges seen last: a network's blocks ask one after the other."""
 
-    Args:
-        stock: its tensor product, which holds no weights of its own.
-    """
-
-    def __init__(self, stock: Any) -> None:
-        self.channels = int(stock.irreps_in1[0].mul)
-        self.n_paths = len(stock.instructions)
-        self.paths, self.order = _paths(stock)
-        self._constants: dict[tuple[torch.dtype, torch.device], _Constants] = {}
+    def __init__(self) -> None:
         self._plan: _Plan | None = None
 
-    def __call__(self, features: Tensor, y: Tensor, weights: Tensor, edge_index: Tensor) -> Tensor:
-        """Messages added up by receiver.
-
-        Args:
-            features: h, (n_nodes, irreps_in1.dim).
-            y: spherical harmonics of the edges, (n_edges, irreps_in2.dim).
-            weights: R, (n_edges, n_paths * channels).
-            edge_index: senders and receivers, (2, n_edges).
-
-        Returns:
-            (n_nodes, irreps_out.dim).
-        """
-        constants = self._constants_like(features)
-        plan = self._planned(edge_index, features.shape[0])
-        radial = weights.reshape(-1, self.channels)
-        by_irrep = [
-            features[:, p.features].unflatten(1, (self.channels, p.dim)).transpose(1, 2).contiguous()
-            for p in self.paths
-        ]
-        out = _Convolve.apply(constants, plan.nodes, y, radial, *by_irrep)
-        out = out.new_zeros(len(features), *out.shape[1:]).index_copy(0, plan.order, out)
-        return out.flatten(1).index_select(1, constants.order)
-
-    def _planned(self, edge_index: Tensor, n_nodes: int) -> _Plan:
-        """Kept for the tensor seen last: in dynamics it is the same one for many steps."""
+    def __call__(self, edge_index: Tensor, n_nodes: int) -> _Plan:
         version = -1 if edge_index.is_inference() or torch.is_inference_mode_enabled() else edge_index._version
         kept = self._plan
         if kept is not None and version >= 0 and kept.of[0] is edge_index and kept.of[1:] == (version, n_nodes):
@@ -161,6 +130,49 @@ class FastConvolution:
         self._plan = _Plan((edge_index, version, n_nodes), nodes, order)
         return self._plan
 
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: without what is made again."""
+        return {"_plan": None}
+
+
+class FastConvolution:
+    """The convolution of one interaction block.
+
+    Args:
+        stock: its tensor product, which holds no weights of its own.
+        planner: shared by the blocks of a network.
+    """
+
+    def __init__(self, stock: Any, planner: _Planner) -> None:
+        self.planner = planner
+        self.channels = int(stock.irreps_in1[0].mul)
+        self.n_paths = len(stock.instructions)
+        self.paths, self.order = _paths(stock)
+        self._constants: dict[tuple[torch.dtype, torch.device], _Constants] = {}
+
+    def __call__(self, features: Tensor, y: Tensor, weights: Tensor, edge_index: Tensor) -> Tensor:
+        """Messages added up by receiver.
+
+        Args:
+            features: h, (n_nodes, irreps_in1.dim).
+            y: spherical harmonics of the edges, (n_edges, irreps_in2.dim).
+            weights: R, (n_edges, n_paths * channels).
+            edge_index: senders and receivers, (2, n_edges).
+
+        Returns:
+            (n_nodes, irreps_out.dim).
+        """
+        constants = self._constants_like(features)
+        plan = self.planner(edge_index, features.shape[0])
+        radial = weights.reshape(-1, self.channels)
+        by_irrep = [
+            features[:, p.features].unflatten(1, (self.channels, p.dim)).transpose(1, 2).contiguous()
+            for p in self.paths
+        ]
+        out = _Convolve.apply(constants, plan.nodes, y, radial, *by_irrep)
+        out = out.new_zeros(len(features), *out.shape[1:]).index_copy(0, plan.order, out)
+        return out.flatten(1).index_select(1, constants.order)
+
     def _constants_like(self, x: Tensor) -> _Constants:
         """Kept for every precision and device."""
         key = (x.dtype, x.device)
@@ -175,7 +187,7 @@ class FastConvolution:
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: without what is made again."""
-        return {**self.__dict__, "_constants": {}, "_plan": None}
+        return {**self.__dict__, "_constants": {}}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile, read_adapter, write_adapter
@@ -67,11 +66,6 @@ class FinetuneResult:
     best_epoch: int
     seconds: float
     improved: bool
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU; anything else stays."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def finetune(
@@ -126,8 +120,7 @@ def finetune(
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
     _check_writable(output, run_dir)
     if not isinstance(backbone, Backbone):
-        device = resolve_device(training.device)
-        backbone = load_backbone(backbone, head=head, device=device, dtype=training.dtype)
+        backbone = load_backbone(backbone, head=head, device=training.device, dtype=training.dtype)
     if start is not None:
         start.check_backbone(backbone)
     report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
@@ -160,9 +153,8 @@ def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterCo
     if start is None:
         return adapter or AdapterConfig()
     if adapter is not None:
-        wanted, has = to_dict(adapter), to_dict(start.config)
-        free = ("seed", "init_std")  # of values that `start` replaces
-        if differing := sorted(k for k in wanted if wanted[k] != has[k] and k not in free):
+        wanted, has = adapter.form(), start.config.form()
+        if differing := sorted(k for k in wanted if wanted[k] != has[k]):
             listed = ", ".join(f"{k} is {has[k]!r} there, {wanted[k]!r} here" for k in differing)
             raise AdapterError(
                 f"the adapter to start from ({start.path or 'given'}) has another form: {listed}; "
@@ -400,4 +392,4 @@ def _errors(group: GroupErrors) -> Errors:
     )
 
 
-__all__ = ["FinetuneResult", "finetune", "resolve_device"]
+__all__ = ["FinetuneResult", "finetune"]

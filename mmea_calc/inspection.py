@@ -18,7 +18,6 @@ from .graph import Graph, check_elements
 from .mace_bridge import convolution_paths
 from .methods import Site
 from .potential import Potential
-from .updates import Replacement, Update
 
 FloatArray = NDArray[np.float64]
 
@@ -171,18 +170,10 @@ def weight_changes(adapter: Adapter) -> tuple[TensorChange, ...]:
     found = []
     for path, site in adapter.sites.items():
         columns = convolutions.get(path, ())
-        changes = _change_of(adapter.updates[path], weights[path])
+        changes = adapter.updates[path].difference(weights[path]).detach().double()
         pairs = zip(_by_path(site, columns, weights[path]), _by_path(site, columns, changes), strict=True)
         found.append(TensorChange(path, site.kind, tuple(_measured(*one, other[2]) for one, other in pairs)))
     return tuple(found)
-
-
-def _change_of(update: Update, weight: Tensor) -> Tensor:
-    """In float64, as the update says: added to a weight in single precision a small change would lose digits."""
-    with torch.no_grad():
-        if isinstance(update, Replacement):
-            return update.V.detach().double() - weight
-        return update.change().detach().double()
 
 
 def _by_path(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from ase import Atoms
@@ -17,7 +17,6 @@ from torch import Tensor
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile
 from .backbone import Backbone
-from .config import AdapterConfig
 from .errors import AdapterError
 from .graph import Batch, Graph, build_graph, collate
 
@@ -75,7 +74,7 @@ class Potential:
             self.reference_energies = self.backbone.atomic_energies
             return
         file.check_backbone(self.backbone)
-        if self.adapter is None or not _same_form(self.adapter.config, file.config):
+        if self.adapter is None or self.adapter.config.form() != file.config.form():
             self.use(None)  # from here on a failure leaves the bare backbone, not half of two adapters
             fresh = attach(self.backbone.network, file.config, start=False)
             try:
@@ -202,8 +201,3 @@ class Potential:
                 table[number] = energy
             self._table = table.to(self.device)
         return self._table
-
-
-def _same_form(one: AdapterConfig, other: AdapterConfig) -> bool:
-    """Whether two adapters differ in their values alone: how they started does not matter any more."""
-    return replace(one, seed=0, init_std=0.0) == replace(other, seed=0, init_std=0.0)

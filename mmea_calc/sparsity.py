@@ -93,12 +93,13 @@ def sparsity(adapter: Adapter) -> Sparsity:
     """
     if not adapter.updates:
         raise AdapterError(f"method {adapter.config.method!r} updates no weight: expected an adapter such as 'sparse'")
-    with torch.no_grad():
+    with torch.no_grad(), adapter.disabled():
+        weights = {path: site.value for path, site in adapter.sites.items()}
         return Sparsity(
             tuple(
                 PathSparsity(path, site.kind, label, order, part.numel(), int(part.sum()))
                 for path, site in adapter.sites.items()
-                for label, order, part in site.by_path(adapter.updates[path].change() == 0)
+                for label, order, part in site.by_path(adapter.updates[path].difference(weights[path]) == 0)
             )
         )
 

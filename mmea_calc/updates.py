@@ -66,6 +66,10 @@ class Update(nn.Module):
         """The weight to be used in the place of `weight`, switched on or not."""
         return weight + self.change()
 
+    def difference(self, weight: Tensor) -> Tensor:
+        """What the update adds to `weight` in effect, told more exactly than by subtracting."""
+        return self.change()
+
     def groups(self) -> list[ParameterGroup]:
         """How the parameters are optimised; the same for all of them unless an update says otherwise."""
         return [ParameterGroup(list(self.parameters()))]
@@ -138,6 +142,9 @@ class Replacement(Update):
 
     def applied(self, weight: Tensor) -> Tensor:
         return self.V
+
+    def difference(self, weight: Tensor) -> Tensor:
+        return self.V - weight
 
 
 class SoftThreshold(Update):

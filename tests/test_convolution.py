@@ -16,7 +16,7 @@ from mmea_calc import convolution
 from mmea_calc._e3nn import o3
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.convolution import FastConvolution, remove_fast_convolution, use_fast_convolution
+from mmea_calc.convolution import FastConvolution, _Planner, remove_fast_convolution, use_fast_convolution
 from mmea_calc.fast_path import remove_fast_path, use_fast_path
 from mmea_calc.graph import Batch
 from mmea_calc.mace_bridge import interaction_blocks
@@ -98,7 +98,7 @@ def inputs(product: Any, n_nodes: int = 4, n_edges: int = 9) -> tuple[Tensor, Te
 
 def test_first_and_second_derivatives_by_every_input_are_those_of_finite_differences() -> None:
     product = layer(random_network())
-    fast = FastConvolution(product)
+    fast = FastConvolution(product, _Planner())
     *leaves, edges = inputs(product)
     leaves = [leaf.requires_grad_() for leaf in leaves]
 
@@ -111,7 +111,7 @@ def test_first_and_second_derivatives_by_every_input_are_those_of_finite_differe
 
 def test_a_value_that_is_not_finite_stays_with_the_nodes_it_belongs_to() -> None:
     product = layer(random_network())
-    fast = FastConvolution(product)
+    fast = FastConvolution(product, _Planner())
     h, y, r, edges = inputs(product)
     expected = fast(h, y, r, edges)
     for edge in range(edges.shape[1]):
@@ -128,7 +128,7 @@ def test_a_value_that_is_not_finite_stays_with_the_nodes_it_belongs_to() -> None
 
 def test_nodes_without_edges_and_no_edges_at_all_give_zeros() -> None:
     product = layer(random_network())
-    fast = FastConvolution(product)
+    fast = FastConvolution(product, _Planner())
     h, y, r, edges = inputs(product)
     assert torch.equal(fast(h, y, r, edges)[-1], torch.zeros(product.irreps_out.dim, dtype=F64))
     h.requires_grad_()
@@ -140,11 +140,11 @@ def test_nodes_without_edges_and_no_edges_at_all_give_zeros() -> None:
 
 def test_other_edges_are_seen_whether_the_tensor_is_new_or_changed_in_place() -> None:
     product = layer(random_network())
-    fast = FastConvolution(product)
+    fast = FastConvolution(product, _Planner())
     h, y, r, edges = inputs(product)
     before = fast(h, y, r, edges)
     swapped = edges.flip(0).contiguous()
-    expected = FastConvolution(product)(h, y, r, swapped)
+    expected = FastConvolution(product, _Planner())(h, y, r, swapped)
     assert not torch.allclose(expected, before)
     assert torch.equal(fast(h, y, r, swapped), expected)
     edges.copy_(swapped)

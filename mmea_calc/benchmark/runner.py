@@ -11,7 +11,6 @@ from typing import Any, Literal
 from ..backbone import Backbone, load_backbone
 from ..config import BenchmarkConfig, Precision
 from ..errors import TrainingError
-from ..finetuning import resolve_device
 from ..preflight import PreflightReport, preflight
 from ..trainer import ProgressEvent
 from .cells import Cell, CellResult
@@ -162,9 +161,7 @@ class _Backbones:
     def load(self, dtype: Precision) -> Backbone:
         if dtype not in self._loaded:
             config = self._config
-            self._loaded[dtype] = load_backbone(
-                config.backbone, head=config.head, device=resolve_device(config.device), dtype=dtype
-            )
+            self._loaded[dtype] = load_backbone(config.backbone, head=config.head, device=config.device, dtype=dtype)
         return self._loaded[dtype]
 
 
