@@ -14,7 +14,7 @@ from architectures import borrowed
 from test_finetuning import dataset, tiny_backbone
 from torch import Tensor, nn
 
-from conftest import batch_of, ethanol, run
+from conftest import batch_of, ethanol, random_network, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.config import AdapterConfig, TrainConfig
@@ -290,3 +290,10 @@ def test_training_improves_reports_its_sparsity_and_resumes_to_the_same_bits(tmp
     with (tmp_path / "whole.run" / "sparsity.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sum(int(row["unchanged"]) for row in rows) == found.n_entries - found.n_changed
+
+
+def test_a_network_of_its_own_leaves_no_entry_unchanged() -> None:
+    adapter = attach(random_network(), AdapterConfig(method="scratch", seed=5))
+    found = sparsity(adapter)
+    assert found.n_entries == adapter.n_parameters
+    assert found.overall < 0.05
