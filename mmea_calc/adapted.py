@@ -32,6 +32,7 @@ from .adapter_state import SHORTEST, check_state
 from .config import AdapterConfig
 from .element_tables import ElementTables
 from .errors import AdapterError
+from .frozen_gates import FrozenGate
 from .gates import MagnitudeGate
 from .mace_bridge import element_layers, is_radial_embedding
 from .methods import METHODS, LinearPart, Method, Site, find_sites, method_named
@@ -41,6 +42,7 @@ from .updates import ParameterGroup, Replacement, Update
 
 _SHORT_RANGE = "short_range"  # name of the submodule that an adapted radial embedding carries
 _PART = "magnitude_gate"  # name of the submodule that an adapted linear layer carries
+_FROZEN = "_mmea_frozen_gate"  # attribute of a gated layer while its adapter is merged
 _HANDLE = "_mmea_adapter"  # attribute of an adapted network: its handle, which so lives as long as the network
 
 
@@ -197,6 +199,7 @@ class Adapter:
         self.sites = sites
         self._enabled, self._attached = True, True
         self._tables: ElementTables | None = None
+        self._merged = False
         self._frozen_before = {id(p): (p, p.requires_grad) for p in network.parameters()}
         for parameter, _ in self._frozen_before.values():
             parameter.requires_grad_(False)
@@ -320,14 +323,14 @@ class Adapter:
     @property
     def merged(self) -> bool:
         """Whether all that can be folded is folded at present."""
-        return bool(self.weights.folded) or self._tables is not None
+        return self._merged
 
     def merge(self) -> list[str]:
         """Write the weight updates into the weights, for inference; gates depend on their input and stay.
 
-        Gated layers that see nothing but an atom's element become tables of their results (`element_tables`). Neither
-        updates nor those gates can be trained while merged. The adapter can still be switched off and detached without
-        loss: the backbone's own tensors are kept.
+        Gated layers that see nothing but an atom's element become tables of their results (`element_tables`), the other
+        gates take the form of constants (`frozen_gates`). Nothing can be trained while merged. The adapter can still be
+        switched off and detached without loss: the backbone's own tensors are kept.
 
         Returns:
             Paths of the folded tensors.
@@ -336,8 +339,11 @@ class Adapter:
         if not self.weights.folded:
             self.weights.fold()
             self._switch(self._enabled)
-        if self._tables is None:
+        if not self._merged:
             self._tabulate()
+            for name in self.gates.keys() & self._hooks.keys():
+                self.network.get_submodule(name).__dict__[_FROZEN] = FrozenGate(self.gates[name])
+            self._merged = True
         return self.weights.folded
 
     def unmerge(self) -> None:
@@ -346,6 +352,9 @@ class Adapter:
             self._tables.remove()
             self._tables = None
             self._hook(name for name in self.on_linears if name not in self._hooks)
+        for name in self.gates:
+            self.network.get_submodule(name).__dict__.pop(_FROZEN, None)
+        self._merged = False
         self.weights.unfold()
         self._switch(self._enabled)
 
@@ -490,7 +499,9 @@ class Adapter:
 
 def _apply_part(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     part = getattr(linear, _PART)
-    return part(inputs[0], output) if part.active else output
+    if not part.active:
+        return output
+    return linear.__dict__.get(_FROZEN, part)(inputs[0], output)
 
 
 def _count(trained: nn.Module | nn.Parameter) -> int:

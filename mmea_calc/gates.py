@@ -5,7 +5,7 @@ magnitude of every output channel from the invariants of the layer's input:
 
 | equation | symbol | in the code | shape |
 |---|---|---|---|
-| all even scalars of x | h0 | `_scalars(x)` | (..., m0) |
+| all even scalars of x | h0 | `scalars_of(x)` | (..., m0) |
 | z = SiLU(W_down h0 + b_down) | z | `bottleneck(x)` | (..., r) |
 | g0 = W_0 z + b_0 | g0 | `shift` | (..., k0) |
 | g = W_l z + b_l | g | `gain` | (..., k1) |
@@ -181,13 +181,15 @@ class MagnitudeGate(nn.Module):
             self.z_high.fill_(torch.inf)
         self.set_range(self.z_low.clone(), self.z_high.clone())
 
-    def _scalars(self, x: Tensor) -> Tensor:
+    def scalars_of(self, x: Tensor) -> Tensor:
+        """h0: (..., irreps_in.dim) -> (..., m0)."""
         parts = [x[..., s] for s in self.scalars]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def _level_off(self, z: Tensor) -> Tensor:
+    def level_off(self, z: Tensor) -> Tensor:
+        """z (..., r) as it is inside the range seen in training, and bounded outside (the module's last equation)."""
         # Inside the range nothing happens, to the last bit, and to ask first is cheaper; a GPU would have to wait.
-        if z.device.type == "cpu" and bool(((z >= self.z_low) & (z <= self.z_high)).all()):
+        if z.device.type == "cpu" and torch.equal(torch.clamp(z.detach(), self.z_low, self.z_high), z.detach()):
             return z
         c = torch.clamp(z, self.z_low, self.z_high)
         w = MARGIN * self._range_width()
@@ -201,7 +203,7 @@ class MagnitudeGate(nn.Module):
 
         With separate bottlenecks that of the shift and that of the gains, one after the other: (..., 2r).
         """
-        h0 = self._scalars(x)
+        h0 = self.scalars_of(x)
         z = self.down(h0)
         if self.gain_down is not None:
             z = torch.cat([z, self.gain_down(h0)], dim=-1)
@@ -227,7 +229,7 @@ class MagnitudeGate(nn.Module):
                 self.z_low.copy_(torch.minimum(self.z_low, flat.amin(0)))
                 self.z_high.copy_(torch.maximum(self.z_high, flat.amax(0)))
         elif self.saturate and self.calibrated:
-            z = self._level_off(z)
+            z = self.level_off(z)
         z_shift, z_gain = (z, z) if self.gain_down is None else z.split(self.rank, dim=-1)
         shift = self.shift(z_shift) if self.shift is not None else None  # eq. 4
         gain = None

@@ -278,7 +278,7 @@ def test_separate_bottlenecks_have_a_range_each_and_level_off_apart() -> None:
     assert torch.equal(gate(x, layer(x)), free(x, layer(x)))
     far = 1e3 * x
     assert bool((gate.excess(far) > 1).any())
-    z, margin = gate._level_off(gate.bottleneck(far)), MARGIN * (gate.z_high - gate.z_low)
+    z, margin = gate.level_off(gate.bottleneck(far)), MARGIN * (gate.z_high - gate.z_low)
     assert bool((z <= gate.z_high + margin).all())
     assert bool((z >= gate.z_low - margin).all())
     # narrowing the range of the gains leaves the shifts as they are
@@ -342,7 +342,7 @@ def test_outside_the_recorded_range_the_bottleneck_goes_no_further_than_its_marg
     layer, gate, unbounded, x = recorded_pair()
     assert gate.shift is not None
     far = 1e4 * x
-    z = gate._level_off(gate.bottleneck(far))
+    z = gate.level_off(gate.bottleneck(far))
     margin = MARGIN * (gate.z_high - gate.z_low)
     assert bool((z <= gate.z_high + margin).all())
     assert bool((z >= gate.z_low - margin).all())
@@ -391,7 +391,7 @@ def test_a_component_that_never_moved_still_levels_off_smoothly() -> None:
     layer = linear("1x0e", "1x0e")
     gate = random_gate(layer, rank=1)
     gate.set_range(torch.tensor([0.3], dtype=F64), torch.tensor([0.3], dtype=F64))
-    z = gate._level_off(torch.tensor([[-50.0], [0.3], [50.0]], dtype=F64)).flatten()
+    z = gate.level_off(torch.tensor([[-50.0], [0.3], [50.0]], dtype=F64)).flatten()
     margin = MARGIN * MIN_RANGE_WIDTH
     torch.testing.assert_close(z, torch.tensor([0.3 - margin, 0.3, 0.3 + margin], dtype=F64), rtol=0, atol=1e-12)
 
@@ -401,8 +401,8 @@ def test_leaving_z_alone_inside_its_range_is_levelling_it_off_to_the_last_bit() 
     z = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     gate.set_range(z.detach().amin(0), z.detach().amax(0))
     far = torch.full((1, 2), 100.0, dtype=torch.float64)
-    inside = gate._level_off(z)
-    with_another = gate._level_off(torch.cat([z, far]))  # one row outside: all are computed
+    inside = gate.level_off(z)
+    with_another = gate.level_off(torch.cat([z, far]))  # one row outside: all are computed
     assert inside is z
     assert torch.equal(with_another[:5], z)
     (slope,) = torch.autograd.grad(with_another[:5].sum(), z, create_graph=True)
