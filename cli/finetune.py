@@ -128,6 +128,13 @@ def finetune(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", rich_help_panel=TRAINING)] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.", rich_help_panel=TRAINING)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step.", rich_help_panel=TRAINING)] = None,
+    replay: Annotated[
+        int | None,
+        typer.Option(
+            help="Other molecules mixed into every epoch, labelled by the backbone itself: against forgetting.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     energy_weight: Annotated[float | None, typer.Option(help="Of the energy loss.", rich_help_panel=TRAINING)] = None,
     forces_weight: Annotated[float | None, typer.Option(help="Of the forces loss.", rich_help_panel=TRAINING)] = None,
     stress_weight: Annotated[

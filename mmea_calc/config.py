@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
-DEFAULT_STEPS = 2000
+DEFAULT_STEPS = 600
 # One training of each method tells the order of large differences; a benchmark has three by default.
 COMPARE_SEEDS = (1,)
 
@@ -68,9 +68,12 @@ class TrainConfig:
         epochs: passes over the training set; 0 takes as many as make about `DEFAULT_STEPS` optimisation steps, at
             least 20 and at most 300.
         batch_size: structures per optimisation step.
+        replay: structures of other molecules that every epoch adds, labelled by the model that training starts from,
+            so that it is not forgotten; they are spread over the batches, which grow by them.
         lr: largest learning rate.
-        optimizer: "adamw", or "schedulefree": AdamW whose weights are averages of its own (arXiv 2405.15682); it takes
-            the "constant" schedule and `ema_decay` 0.
+        optimizer: "soap", Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321), "adamw", or
+            "schedulefree": AdamW whose weights are averages of its own (arXiv 2405.15682); it takes the "constant"
+            schedule and `ema_decay` 0.
         schedule: "cosine" lowers the rate along a cosine after a linear warm-up; "constant" stays after it; "plateau"
             multiplies it by `plateau_factor` after `plateau_patience` epochs without a better validation loss.
         warmup_steps: steps of linear warm-up (cosine and constant schedules).
@@ -87,7 +90,7 @@ class TrainConfig:
         weight_decay: decoupled weight decay; of method "sparse" it acts on the changes that survive.
         tau_lr: largest learning rate of the thresholds of method "sparse"; None: `lr`.
         tau_weight_decay: decoupled weight decay of these thresholds (lambda_tau): the larger, the sparser.
-        amsgrad: use the AMSGrad variant of Adam.
+        amsgrad: use the AMSGrad variant of AdamW.
         seed: seed of splits, shuffling and initial values.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: precision of the network.
@@ -96,9 +99,10 @@ class TrainConfig:
     """
 
     epochs: int = 0
-    batch_size: int = 2
-    lr: float = 0.01
-    optimizer: Literal["adamw", "schedulefree"] = "adamw"
+    batch_size: int = 5
+    replay: int = 0
+    lr: float = 0.005
+    optimizer: Literal["soap", "adamw", "schedulefree"] = "soap"
     schedule: Literal["cosine", "constant", "plateau"] = "cosine"
     warmup_steps: int = 20
     plateau_factor: float = 0.8

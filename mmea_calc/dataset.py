@@ -101,6 +101,12 @@ class Dataset:
         chosen = tuple(self.structures[i] for i in indices)
         return Dataset(chosen, name or self.name, dict(self.keys), dict(self.isolated_atoms), self.notes)
 
+    def joined(self, structures: Iterable[Labelled]) -> Dataset:
+        """These structures and then the given ones, with the same isolated atoms."""
+        return Dataset(
+            (*self.structures, *structures), self.name, dict(self.keys), dict(self.isolated_atoms), self.notes
+        )
+
 
 def composition(structures: Sequence[Labelled], elements: Sequence[int]) -> FloatArray:
     """How many atoms of each element every structure has: (n_structures, n_elements), float64."""

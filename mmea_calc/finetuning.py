@@ -30,6 +30,7 @@ from .optimiser import check_optimiser
 from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
+from .replay import Replay, replay_structures
 from .run_folder import RunFolder, versions
 from .sparsity import Sparsity, sparsity
 from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
@@ -138,12 +139,18 @@ def finetune(
             potential.reference_energies = {**backbone.atomic_energies, **start.reference_energies}
         with nullcontext() if start is not None else handle.disabled():
             energies = _reference_energies(E0s, train, samples[0], potential)
-        potential.adapter, potential.reference_energies = handle, energies.energies
+            potential.reference_energies = energies.energies
+            replay = None
+            if training.replay:
+                added = replay_structures(potential)
+                replay = Replay(len(train), len(added), training.replay)
+                samples = Samples(train.joined(added), potential), samples[1]
+        potential.adapter = handle
         data = train, valid, test
         run = _Run(
             output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory
         )
-        return run.go(resume, progress)
+        return run.go(resume, progress, replay)
     finally:
         handle.detach()
 
@@ -164,7 +171,7 @@ def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterCo
 
 
 def _check_settings(training: TrainConfig) -> None:
-    for name, least in (("epochs", 0), ("batch_size", 1), ("lr", 1e-12), ("clip_norm", 1e-12)):
+    for name, least in (("epochs", 0), ("batch_size", 1), ("replay", 0), ("lr", 1e-12), ("clip_norm", 1e-12)):
         if getattr(training, name) < least:
             raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
     if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
@@ -225,12 +232,13 @@ class _Run:
         self.train, self.valid, self.test = data
         self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
-    def go(self, resume: bool, progress: Progress) -> FinetuneResult:
+    def go(self, resume: bool, progress: Progress, replay: Replay | None) -> FinetuneResult:
         trainer = Trainer(
             self.potential,
             self.handle,
             *self.samples,
             self.training,
+            replay=replay,
             checkpoint=self.folder.checkpoint,
             progress=progress,
         )
@@ -241,6 +249,9 @@ class _Run:
         if self.handle.skipped:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.handle.skipped.items())
             progress(ProgressEvent(message=f"layers that stay as they are: {listed}"))
+        if replay is not None:
+            text = f"{replay.per_epoch} of {replay.pool} other molecules are replayed in every epoch"
+            progress(ProgressEvent(message=text))
         if self.start is not None:
             without_ranges = self.handle.state_dict()
             self.handle.load_state_dict(self.start.tensors)

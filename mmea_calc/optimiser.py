@@ -2,7 +2,8 @@
 
 | `TrainConfig.optimizer` | steps | averaged weights |
 |---|---|---|
-| "adamw" | AdamW | exponential moving averages, `ema_decay` |
+| "soap" | Adam in the eigenbasis of Shampoo (SOAP, arXiv 2409.11321) | exponential moving averages, `ema_decay` |
+| "adamw" | AdamW | the same |
 | "schedulefree" | schedule-free AdamW (arXiv 2405.15682) | its own |
 
 Averaged weights are what is validated and kept; both know nothing of each other's ways.
@@ -121,7 +122,7 @@ class Optimiser:
             self.torch.train()
             self._averages = ScheduleFreeAverages(self.parameters, self.torch)
         else:
-            self.torch = torch.optim.AdamW(settings, lr=config.lr, amsgrad=config.amsgrad)
+            self.torch = _soap(settings, config) if config.optimizer == "soap" else _adamw(settings, config)
             self._averages = Averages(self.parameters, config.ema_decay)
 
     @property
@@ -183,10 +184,20 @@ class Optimiser:
                     parameter.sub_((1 - used["betas"][0]) * change)
 
 
+def _adamw(settings: list[dict[str, Any]], config: TrainConfig) -> Any:
+    return torch.optim.AdamW(settings, lr=config.lr, amsgrad=config.amsgrad)
+
+
+def _soap(settings: list[dict[str, Any]], config: TrainConfig) -> Any:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(settings, lr=config.lr)
+
+
 def check_optimiser(config: TrainConfig) -> None:
     """Raise a TrainingError for settings that do not go together."""
-    if config.optimizer not in ("adamw", "schedulefree"):
-        raise TrainingError(f"optimizer must be 'adamw' or 'schedulefree', got {config.optimizer!r}")
+    if config.optimizer not in ("soap", "adamw", "schedulefree"):
+        raise TrainingError(f"optimizer must be 'soap', 'adamw' or 'schedulefree', got {config.optimizer!r}")
     if config.optimizer == "schedulefree":
         given = {"schedule": config.schedule, "ema_decay": config.ema_decay, "stage_two_start": config.stage_two_start}
         needed = {"schedule": "constant", "ema_decay": 0.0, "stage_two_start": None}

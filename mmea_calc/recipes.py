@@ -25,6 +25,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "epochs": 500,
         "batch_size": 5,
+        "optimizer": "adamw",
         "lr": 0.005,
         "schedule": "plateau",
         "plateau_factor": 0.8,

@@ -27,6 +27,7 @@ from .graph import Graph
 from .loss import Labels, Loss, batch_loss, collect_labels
 from .optimiser import Optimiser
 from .potential import Potential
+from .replay import Replay
 
 CHECKPOINT_VERSION = 1
 
@@ -146,6 +147,7 @@ class Trainer:
         adapter: the adapter's handle.
         train, valid: structures.
         config: how.
+        replay: which of the training structures are replayed ones.
         checkpoint: where the state is kept after every epoch; None keeps none.
         progress: told what happens.
     """
@@ -158,11 +160,12 @@ class Trainer:
         valid: Samples,
         config: TrainConfig,
         *,
+        replay: Replay | None = None,
         checkpoint: Path | None = None,
         progress: Progress = lambda event: None,
     ) -> None:
         self.potential, self.adapter, self.config = potential, adapter, config
-        self.train, self.valid = train, valid
+        self.train, self.valid, self.replay = train, valid, replay
         self.checkpoint, self.progress = checkpoint, progress
         self.parameters: list[Tensor] = list(adapter.parameters())
         self.optimiser = Optimiser(self.parameters, adapter.parameter_groups(), config)
@@ -173,7 +176,8 @@ class Trainer:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.log: list[dict[str, float]] = []
         self.best: Best | None = None
-        self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
+        self.n_train = len(train) if replay is None else replay.first
+        self.steps_per_epoch = math.ceil(self.n_train / config.batch_size)
         self.validate_every = config.validate_every or max(1, config.epochs // 100)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -208,13 +212,12 @@ class Trainer:
         if stage == 2 and (self.epoch == 0 or self.stage(self.epoch - 1) == 1):
             self.optimiser.lr = self.config.stage_two_lr
         sums = np.zeros(3)
-        order = self._order()
-        for start in range(0, len(order), self.config.batch_size):
-            rows = order[start : start + self.config.batch_size]
+        batches = self._batches()
+        for rows in batches:
             loss = self._step(rows, stage)
             sums += len(rows) * np.array([float(t.detach()) for t in (loss.total, loss.energy, loss.forces)])
         self.epoch += 1
-        sums /= len(order)
+        sums /= sum(map(len, batches))
         errors = None
         if self.epoch % self.validate_every == 0 or self.epoch == self.config.epochs:
             errors = self._validate(stage)
@@ -238,9 +241,16 @@ class Trainer:
             )
         )
 
-    def _order(self) -> list[int]:
+    def _batches(self) -> list[list[int]]:
+        """The samples of every step of this epoch."""
         generator = np.random.default_rng((self.config.seed, self.epoch))
-        return [int(i) for i in generator.permutation(len(self.train))]
+        order = [int(i) for i in generator.permutation(self.n_train)]
+        size = self.config.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        if self.replay is None:
+            return batches
+        replayed = self.replay.deal(generator, len(batches))
+        return [own + more for own, more in zip(batches, replayed, strict=True)]
 
     def _step(self, rows: list[int], stage: int) -> Loss:
         if self.config.schedule != "plateau" and stage == 1:
