@@ -139,18 +139,12 @@ def finetune(
             potential.reference_energies = {**backbone.atomic_energies, **start.reference_energies}
         with nullcontext() if start is not None else handle.disabled():
             energies = _reference_energies(E0s, train, samples[0], potential)
-            potential.reference_energies = energies.energies
-            replay = None
-            if training.replay:
-                added = replay_structures(potential)
-                replay = Replay(len(train), len(added), training.replay)
-                samples = Samples(train.joined(added), potential), samples[1]
-        potential.adapter = handle
+        potential.adapter, potential.reference_energies = handle, energies.energies
         data = train, valid, test
         run = _Run(
             output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory
         )
-        return run.go(resume, progress, replay)
+        return run.go(resume, progress)
     finally:
         handle.detach()
 
@@ -232,7 +226,8 @@ class _Run:
         self.train, self.valid, self.test = data
         self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
-    def go(self, resume: bool, progress: Progress, replay: Replay | None) -> FinetuneResult:
+    def go(self, resume: bool, progress: Progress) -> FinetuneResult:
+        replay = self._add_replay(resume)
         trainer = Trainer(
             self.potential,
             self.handle,
@@ -272,6 +267,15 @@ class _Run:
                 raise TrainingError(f"{problem}. The best adapter so far is in {self.output}") from None
             raise
         return self._finish(trainer)
+
+    def _add_replay(self, resume: bool) -> Replay | None:
+        """Other molecules join the training samples, labelled by the model that training starts from."""
+        if not self.training.replay:
+            return None
+        with nullcontext() if self.start is not None else self.handle.disabled():
+            added = replay_structures(self.potential, self.folder.replay, resume=resume)
+        self.samples = Samples(self.train.joined(added), self.potential), self.samples[1]
+        return Replay(len(self.train), len(added), self.training.replay)
 
     def _finish(self, trainer: Trainer) -> FinetuneResult:
         trainer.use_best()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from ase import Atoms
 
-from .dataset import Labelled
+from .dataset import FloatArray, Labelled
 from .errors import TrainingError
+from .files import replacing
 from .potential import Potential
 
 MOLECULES = "replay_molecules.npz"
@@ -41,11 +44,15 @@ class Replay:
         return [[self.first + int(i) for i in part] for part in np.array_split(drawn, n_batches)]
 
 
-def replay_structures(potential: Potential) -> list[Labelled]:
+def replay_structures(potential: Potential, kept: Path, *, resume: bool = False) -> list[Labelled]:
     """The pool: all molecules of the package whose elements the backbone knows, labelled by `potential` as it is.
 
+    Args:
+        kept: file that keeps the labels.
+        resume: take them from there, if it exists: made again they may differ in the last bit.
+
     Raises:
-        TrainingError: the backbone knows the elements of none of them.
+        TrainingError: the backbone knows the elements of none of them, or `kept` does not fit.
     """
     known = set(potential.backbone.elements)
     molecules = [(i, atoms) for i, atoms in enumerate(_molecules()) if set(atoms.numbers.tolist()) <= known]
@@ -54,11 +61,34 @@ def replay_structures(potential: Potential) -> list[Labelled]:
             f"replay: the backbone {potential.backbone.name} knows the elements of none of the molecules that come "
             "with the package; leave --replay out"
         )
-    energies, forces = potential.predict_graphs([potential.graph(atoms) for _, atoms in molecules])
+    sizes = [len(atoms) for _, atoms in molecules]
+    if resume and kept.exists():
+        energies, forces = _read(kept, sizes)
+    else:
+        found = potential.predict_graphs([potential.graph(atoms) for _, atoms in molecules])
+        energies, forces = found[0].numpy(), np.concatenate([force.numpy() for force in found[1]])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as temporary, temporary.open("wb") as file:
+            np.savez(file, energies=energies, forces=forces)
+    of_each = np.split(forces, np.cumsum(sizes)[:-1])
     return [
-        Labelled(atoms, energy=float(energy), forces=force.numpy(), config_type="replay", index=i, source=MOLECULES)
-        for (i, atoms), energy, force in zip(molecules, energies, forces, strict=True)
+        Labelled(atoms, energy=float(energy), forces=force, config_type="replay", index=i, source=MOLECULES)
+        for (i, atoms), energy, force in zip(molecules, energies, of_each, strict=True)
     ]
+
+
+def _read(kept: Path, sizes: list[int]) -> tuple[FloatArray, FloatArray]:
+    try:
+        with np.load(kept, allow_pickle=False) as data:
+            energies, forces = data["energies"], data["forces"]
+    except (OSError, ValueError, KeyError, BadZipFile) as problem:
+        raise TrainingError(f"{kept} cannot be read ({problem}); start without --resume") from problem
+    if energies.shape != (len(sizes),) or forces.shape != (sum(sizes), 3):
+        raise TrainingError(
+            f"{kept} holds {len(energies)} energies and {len(forces)} forces, expected {len(sizes)} and {sum(sizes)}; "
+            "start without --resume"
+        )
+    return energies, forces
 
 
 def _molecules() -> list[Atoms]:

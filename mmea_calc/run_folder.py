@@ -2,7 +2,7 @@
 
 `config.json` (resolved settings), `data.json` (report on the data and the split), `log.csv`, `checkpoint.pt`,
 `learning_curve.png`, `parity_valid.png` and `parity_test.png`; for a sparse method also `sparsity.csv`, the entries
-left unchanged in every path.
+left unchanged in every path, and with replayed molecules `replay.npz`, their labels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from typing import Any
 from .evaluation import Evaluation
 from .files import json_ready, write_text
 
-PACKAGES = ("mmea", "torch", "mace-torch", "e3nn", "ase", "matscipy", "numpy", "safetensors", "schedulefree")
+PACKAGES = (
+    "mmea",
+    "torch",
+    "mace-torch",
+    "e3nn",
+    "ase",
+    "matscipy",
+    "numpy",
+    "safetensors",
+    "pytorch_optimizer",
+    "schedulefree",
+)
 
 
 class RunFolder:
@@ -35,6 +46,10 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
+
+    @property
+    def replay(self) -> Path:
+        return self.path / "replay.npz"
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
