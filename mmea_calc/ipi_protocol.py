@@ -104,13 +104,13 @@ class Session:
                 unknown names, lengths out of bounds, another number of atoms, numbers that are not finite.
         """
         self._buffer += data
-        replies = b""
+        replies = bytearray()
         while self.state not in ("computing", "finished"):
             reply = self._next_message()
             if reply is None:
                 break
             replies += reply
-        return replies
+        return bytes(replies)
 
     def answer(self, answer: Answer) -> bytes:
         """Give the results for `request`; returns what to send back, as `receive` does, and raises as it does.
