@@ -68,6 +68,8 @@ def serve(
     )
     check_equivariant(potential, force)
     _log(f"{adapter}: {_about(atoms, potential)}")
+    if unseen := _unseen(adapter, atoms):
+        _log(f"{adapter} has seen no {', '.join(unseen)} in training: there it extrapolates")
     served = ipi_client.serve(
         potential, atoms, address, connections=connections, wait_s=wait, batch_size=batch_size, log=_log
     )
@@ -97,6 +99,16 @@ def _about(atoms: Atoms, potential: Potential) -> str:
     periodic = f"periodic along {' '.join(axes)}" if axes else "not periodic"
     where = f"{str(potential.dtype).removeprefix('torch.')} on {potential.device}"
     return f"{len(atoms)} atoms, {atoms.get_chemical_formula()}, {periodic}; {potential.backbone.name} in {where}"
+
+
+def _unseen(adapter: str, atoms: Atoms) -> list[str]:
+    """Symbols of the structure that were not in the adapter's training data."""
+    from mmea_calc.adapter_file import read_adapter
+
+    if Path(adapter).suffix != ".adapter":
+        return []
+    seen = read_adapter(adapter).elements
+    return sorted({a.symbol for a in atoms if seen and a.number not in seen})
 
 
 def _log(line: str) -> None:

@@ -8,11 +8,13 @@ Importing this module imports TorchSim.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from ase import Atoms
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from .adapter_file import AdapterFile, read_adapter
@@ -93,6 +95,7 @@ class MMEAModel(ModelInterface):
         self._device, self._dtype = self.potential.device, torch.float64
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
         self._memory_scales_with = memory_scales_with
+        self._unseen = set(backbone.elements) - set(file.elements) if file is not None and file.elements else set()
         self._forces: ReplicaForces | None = None
         self._made_for: tuple[Tensor, Tensor, Tensor, bool] | None = None
 
@@ -143,9 +146,19 @@ class MMEAModel(ModelInterface):
         """Batch and neighbour lists of these systems, those of the last call if nothing but positions has changed."""
         now = (state.atomic_numbers, state.system_idx, state.cell, bool(state.pbc))
         if self._forces is None or self._made_for is None or not _same(now, self._made_for):
+            self._warn_of_unseen(state.atomic_numbers)
             self._forces = ReplicaForces(self.potential, self._layout(state))
             self._made_for = (*(t.clone() for t in now[:3]), now[3])
         return self._forces
+
+    def _warn_of_unseen(self, numbers: Tensor) -> None:
+        for number in sorted(self._unseen & set(numbers.tolist())):
+            self._unseen.discard(number)
+            warnings.warn(
+                f"the adapter has seen no {chemical_symbols[number]} in training: here it extrapolates, with the "
+                "backbone's reference energy for it",
+                stacklevel=5,
+            )
 
     def _layout(self, state: SimState) -> Layout:
         counts = state.system_idx.bincount().tolist()

@@ -41,8 +41,15 @@ def adapter_file() -> AdapterFile:
     randomise(adapter)
     tensors = adapter.state_dict()
     adapter.detach()
-    fields = {"reference_energies": {6: -1000.0}, "elements": ELEMENTS, "head": backbone.head}
-    return AdapterFile(adapter.config, tensors, backbone.name, backbone.fingerprint, **fields)
+    return AdapterFile(
+        adapter.config,
+        tensors,
+        backbone.name,
+        backbone.fingerprint,
+        head=backbone.head,
+        reference_energies={6: -1000.0},
+        elements=ELEMENTS,
+    )
 
 
 @cache

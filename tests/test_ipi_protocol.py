@@ -52,7 +52,6 @@ def test_a_conversation_as_the_protocol_has_it() -> None:
     np.testing.assert_allclose(session.request.cells, [CELL], rtol=1e-15)
     np.testing.assert_allclose(session.request.positions, [POSITIONS], rtol=1e-15)
     assert session.answer(RESULT) == b""
-    assert session.request is None
     assert session.receive(word("STATUS")) == word("HAVEDATA")
     assert session.receive(word("GETFORCE")).startswith(word("FORCEREADY"))
     assert session.receive(word("STATUS")) == word("READY")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -223,7 +224,7 @@ def test_systems_that_come_and_go_in_flight_end_where_they_would_alone() -> None
             autobatcher=autobatcher,
             convergence_fn=ts.generate_force_convergence_fn(force_tol=0.3, include_cell_forces=False),
         )
-        return final.energy  # type: ignore[no-any-return]
+        return final.energy
 
     batcher = ts.InFlightAutoBatcher(model=model(), memory_scales_with="n_atoms", max_memory_scaler=12)
     torch.testing.assert_close(relaxed(batcher), relaxed(False), rtol=0, atol=1e-6)
@@ -247,6 +248,13 @@ def test_what_cannot_be_computed_is_told() -> None:
     elsewhere.positions = elsewhere.positions.to("meta")
     with pytest.raises(DataError, match=r"expected a state on cpu.* got one on meta"):
         model()(elsewhere)
+
+
+def test_an_element_that_the_adapter_has_not_seen_is_told_once() -> None:
+    one = MMEAModel(replace(adapter_file(), elements=(1, 6)), small_backbone())
+    with pytest.warns(UserWarning, match="has seen no O in training"):
+        one(state_of([ethanol()]))
+    one(state_of([molecule("H2O")]))  # (a second warning would be an error)
 
 
 def test_without_torchsim_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
