@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import selectors
 import shutil
 import socket
 import struct
@@ -12,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from conftest import crystal, ethanol
 from mmea_calc import ipi_client
 from mmea_calc.errors import DataError, EngineError
 from mmea_calc.ipi_client import Address, Served, serve, tcp, unix
+from mmea_calc.ipi_protocol import Session
 from mmea_cli.main import app
 
 SECONDS = 30.0  # after which a test that hangs fails
@@ -195,17 +197,21 @@ def test_requests_that_come_together_are_computed_together() -> None:
     structures = [atoms.copy() for _ in range(4)]
     for seed, one in enumerate(structures):
         one.rattle(0.05, seed=seed)
-    with Peer(4) as peer, serving(atoms, peer.address, connections=4) as (served, _):
-        sockets = peer.accept()
-        for one, structure in zip(sockets, structures, strict=True):
-            one.sendall(request(structure))
-        for one, structure in zip(sockets, structures, strict=True):
+    served = Served()
+    with ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        loop = ipi_client._Loop(ipi_client.Forces(potential(), atoms, 64), selector, served, lambda line: None)
+        theirs = []
+        for number, structure in enumerate(structures):
+            mine, other = (stack.enter_context(one) for one in socket.socketpair())
+            mine.setblocking(False)
+            loop.add(ipi_client._Connection(number, mine, Session(len(atoms))))
+            other.sendall(request(structure) + word("EXIT"))
+            theirs.append(other)
+        loop.run()
+        for one, structure in zip(theirs, structures, strict=True):
             assert energy_of(one, len(atoms)) == pytest.approx(expected_energy(structure), abs=1e-9)
-            one.sendall(word("EXIT"))
-        result = served.result(SECONDS)
-    assert result.n_structures == 4
-    assert result.n_calls <= 4
-    assert result.faults == []
+    assert (served.n_structures, served.n_calls, served.faults) == (4, 1, [])
 
 
 def test_a_large_batch_is_cut_into_calls_and_answered_in_order() -> None:
