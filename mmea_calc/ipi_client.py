@@ -175,6 +175,9 @@ def _connect(address: Address, wait_s: float) -> socket.socket:
         try:
             one.connect(address.target)
             if address.family == socket.AF_INET:
+                if one.getsockname() == one.getpeername():
+                    # With nobody there, TCP may connect a socket to itself.
+                    raise ConnectionRefusedError("nobody listens")
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # Between two steps i-PI may be silent for hours; this tells silence from a host that is gone.
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
