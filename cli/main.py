@@ -25,6 +25,7 @@ from .fold import fold
 from .info import info
 from .inspect import inspect
 from .md import md
+from .serve import serve
 from .several import any_word, is_number, several_values
 
 INTERRUPTED = 130
@@ -61,6 +62,7 @@ app = typer.Typer(
 app.command()(finetune)
 app.command()(evaluate)
 app.command(cls=several_values({"--temperature": is_number}))(md)
+app.command()(serve)
 app.command()(check)
 app.command()(convert)
 app.command()(fold)

@@ -36,3 +36,7 @@ class DynamicsError(MMEAError):
 
 class TrajectoryError(MMEAError):
     """A trajectory cannot be read or written."""
+
+
+class EngineError(MMEAError):
+    """Another simulation engine cannot be reached, or does not keep to its protocol."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Batch, build_graph
-from ..potential import Potential
+from ..potential import Potential, Prediction
 from .neighbours import SKIN, Neighbours, Pairs
 from .state import Layout
 
@@ -49,10 +49,14 @@ class ReplicaForces:
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n_atoms, 3), A -> total energies (n_replicas,), eV, forces (n_atoms, 3), eV/A; float64."""
-        self._move(positions)
-        prediction = self.potential.predict(self.batch)
+        prediction = self.predict(positions)
         assert prediction.forces is not None
         return prediction.energy, prediction.forces.double()
+
+    def predict(self, positions: Tensor, *, forces: bool = True, stress: bool = False) -> Prediction:
+        """Positions (n_atoms, 3), A, float64 -> what `Potential.predict` gives, for all replicas."""
+        self._move(positions)
+        return self.potential.predict(self.batch, forces=forces, stress=stress)
 
     def bare(self) -> Tensor:
         """Forces of the backbone without its adapter at the positions of the latest call, (n_atoms, 3), eV/A."""
