@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmea_calc.dataset import Dataset
     from mmea_calc.finetuning import FinetuneResult
     from mmea_calc.preflight import PreflightReport
+    from mmea_calc.team import Team
 
     from .settings import Settings
 
@@ -33,6 +34,7 @@ OTHER_OPTIONS: dict[str, Any] = {
     "resume": bool,
     "check_md": bool,
     "init": Path,
+    "devices": int,
 }
 DATA, MODEL, ABLATIONS, TRAINING = "Data", "Backbone and adapter", "Gate, for ablations", "Training"
 
@@ -43,7 +45,7 @@ def finetune(
         typer.Argument(
             metavar="TRAIN...",
             help="Labelled structures: extended xyz, ASE db or .traj. Several files are joined, such as one with "
-            "isolated atoms.",
+            "isolated atoms. Or one .h5 file from mmea prepare.",
             show_default=False,
         ),
     ],
@@ -137,6 +139,14 @@ def finetune(
         int | None, typer.Option(help="Of splits, shuffling and initial values.", rich_help_panel=TRAINING)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that train together on this machine, one per GPU or CPU core; torchrun starts them on "
+            "several machines.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "float64"] | None, typer.Option(help="Precision.", rich_help_panel=TRAINING)
     ] = None,
@@ -163,12 +173,18 @@ def finetune(
 ) -> None:
     """Fine-tune a backbone on labelled structures and write an adapter file."""
     flags = {k: v for k, v in locals().items() if k not in ("train", "config")}
+    from .launch import run_together
     from .settings import resolve
 
-    _run(train, resolve(flags, config, OTHER_OPTIONS))
+    settings = resolve(flags, config, OTHER_OPTIONS)
+    run_together(
+        settings.options["devices"],
+        settings.training.device,
+        lambda team, own: _run(train, settings.on(own), team),
+    )
 
 
-def _run(train_files: list[Path], settings: Settings) -> None:
+def _run(train_files: list[Path], settings: Settings, team: Team) -> None:
     from mmea_calc.backbone import load_backbone
     from mmea_calc.config import DEFAULT_BACKBONE
     from mmea_calc.finetuning import finetune as train_adapter
@@ -203,7 +219,10 @@ def _run(train_files: list[Path], settings: Settings) -> None:
             report=report,
             resume=bool(options["resume"]),
             progress=display,
+            team=team,
         )
+    if not team.leads:
+        return
     _conclude(result)
     if options["check_md"]:
         _check_dynamics(result.path, train.structures[0].atoms, settings)
@@ -244,12 +263,14 @@ def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
 
 
 def _read(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    from mmea_calc.data import read_dataset
+    from mmea_calc.prepared import is_prepared, open_dataset
 
     keys = {name: options[name] for name in ("energy_key", "forces_key", "stress_key")}
-    train = read_dataset(train_files, **keys)
-    valid = read_dataset(options["valid"], **keys) if options["valid"] else None
-    test = read_dataset(options["test"], **keys) if options["test"] else None
+    train = open_dataset(train_files, **keys)
+    valid, test = (
+        open_dataset([path], **({} if is_prepared(path) else keys)) if (path := options[name]) else None
+        for name in ("valid", "test")
+    )
     return train, valid, test
 
 

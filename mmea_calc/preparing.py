@@ -35,6 +35,7 @@ from .prepared import FORMAT, HAS, VERSION, PreparedDataset, element_mask, is_pr
 
 # Structures that are written at once.
 _TOGETHER = 1000
+_CHUNK_BYTES = 65536
 _LARGEST = np.iinfo(np.uint16).max
 _COLUMNS: Mapping[str, tuple[tuple[int, ...], str]] = {
     "structures/atoms_end": ((), "<i8"),
@@ -143,7 +144,8 @@ class PreparedWriter:
         self._info: dict[str, Any] = {"name": None, "keys": dict.fromkeys(LABELS), "notes": []}
         for name, (shape, kind) in _COLUMNS.items():
             # Chunks are what a file grows by; they are not compressed, since training reads single structures.
-            column = file.create_dataset(name, (0, *shape), kind, maxshape=(None, *shape), chunks=(16384, *shape))
+            rows = _CHUNK_BYTES // (np.dtype(kind).itemsize * int(np.prod(shape)))
+            column = file.create_dataset(name, (0, *shape), kind, maxshape=(None, *shape), chunks=(rows, *shape))
             if name in _UNITS:
                 column.attrs["unit"] = _UNITS[name]
         file.attrs["r_max_unit"] = "Angstrom"
