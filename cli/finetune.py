@@ -35,8 +35,14 @@ OTHER_OPTIONS: dict[str, Any] = {
     "check_md": bool,
     "init": Path,
     "devices": int,
+    "committee": int,
+    "sweep": tuple[str, ...],
+    "jobs": int,
+    "cluster": str,
+    "slurm": tuple[str, ...],
 }
 DATA, MODEL, ABLATIONS, TRAINING = "Data", "Backbone and adapter", "Gate, for ablations", "Training"
+SEVERAL = "Several trainings"
 
 
 def finetune(
@@ -162,6 +168,33 @@ def finetune(
         bool | None,
         typer.Option("--resume", help="Continue the run of the same output file.", rich_help_panel=TRAINING),
     ] = None,
+    committee: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Train N adapters that differ in their seeds.", rich_help_panel=SEVERAL),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUE,VALUE...",
+            help="Train every combination, such as --sweep gate_rank=8,16 lr=0.01,0.003.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trainings at a time; 1 if not given.", rich_help_panel=SEVERAL)
+    ] = None,
+    cluster: Annotated[
+        Literal["slurm", "local"] | None,
+        typer.Option(help="Submit the trainings with submitit (pip install 'mmea[slurm]').", rich_help_panel=SEVERAL),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE...",
+            help="Of submitit's executor, such as --slurm slurm_partition=gpu timeout_min=600.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = None,
     check_md: Annotated[
         bool | None,
         typer.Option(
@@ -176,7 +209,17 @@ def finetune(
     from .launch import run_together
     from .settings import resolve
 
+    flags |= {name: tuple(flags[name]) if flags[name] else None for name in ("sweep", "slurm")}
     settings = resolve(flags, config, OTHER_OPTIONS)
+    if settings.options["sweep"] or settings.options["committee"]:
+        from .settings import read_config
+        from .sweep import train_several
+
+        written = read_config(config, OTHER_OPTIONS) if config is not None else {}
+        train_several(train, settings, {**written, **{k: v for k, v in flags.items() if v is not None}})
+        return
+    if alone := [name for name in ("jobs", "cluster", "slurm") if settings.options[name] is not None]:
+        raise typer.BadParameter(f"--{alone[0]} is for several trainings: give --sweep or --committee with it")
     run_together(
         settings.options["devices"],
         settings.training.device,

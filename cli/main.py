@@ -27,7 +27,7 @@ from .info import info
 from .inspect import inspect
 from .md import md
 from .prepare import prepare
-from .several import any_word, is_number, several_values
+from .several import any_word, is_number, is_setting, several_values
 
 
 class ExplainedErrors(TyperGroup):
@@ -51,7 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(prepare)
-app.command()(finetune)
+app.command(cls=several_values({"--sweep": is_setting, "--slurm": is_setting}))(finetune)
 app.command()(evaluate)
 app.command(cls=several_values({"--temperature": is_number}))(md)
 app.command()(check)

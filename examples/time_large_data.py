@@ -49,15 +49,13 @@ def main() -> None:
     if not whole.exists():
         write(whole, options)
     n = len(open_prepared(whole))
-    print(
-        f"{'structures':>10} {'file, MB':>9} {'opened, s':>10} {'structures/s':>13} {'reading, %':>11} {'memory, MB':>11}"
-    )
+    print("structures  file, MB  opened, s  structures/s  structures/CPU s  reading, %  memory, MB")
     for size in sorted({*(p for p in options.parts if p < n), n}):
         path = whole if size == n else part(whole, size, options.work)
         command = [sys.executable, __file__, *sys.argv[1:], "--one", str(path)]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         print(
-            f"{size:10,} {path.stat().st_size / 1e6:9.1f} {row['opened']:10.2f} {row['rate']:13.1f} "
+            f"{size:10,} {path.stat().st_size / 1e6:9.1f} {row['opened']:10.2f} {row['rate']:13.1f} {row['cpu_rate']:17.1f} "
             f"{100 * row['reading']:11.1f} {row['memory']:11.0f}",
             flush=True,
         )
@@ -80,7 +78,7 @@ def packed(folder: Path, limit: int | None) -> Iterator[Labelled]:
 
 def write(path: Path, options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), time.process_time()
     with writing(path, r_max=backbone.r_max, elements=backbone.elements) as writer:
         n = 0
         for item in packed(options.folder, options.structures):
@@ -89,9 +87,9 @@ def write(path: Path, options: argparse.Namespace) -> None:
             if n % 10000 == 0:
                 print(f"{n:,} prepared", flush=True)
         writer.describe(name=path.name, keys={"energy": "energy", "forces": "forces", "stress": None})
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - computed
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"prepared {n:,} structures in {seconds:.0f} s ({n / seconds:.0f} per second), {memory:.0f} MB of memory")
+    print(f"prepared {n:,} structures in {seconds:.0f} s, {cpu:.0f} s of CPU, {memory:.0f} MB of memory")
 
 
 def part(whole: Path, size: int, work: Path) -> Path:
@@ -124,19 +122,20 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, float]:
     batches = [order[k * options.batch_size :][: options.batch_size].tolist() for k in range(options.steps + 2)]
     for rows in batches[:2]:  # the first steps compile and allocate
         trainer._step(rows, 1)
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), time.process_time()
     for rows in batches[2:]:
         trainer._step(rows, 1)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - computed
     fresh = Samples(open_prepared(path), potential)
-    started = time.perf_counter()
+    computed = time.process_time()
     for rows in batches[2:]:
         [fresh.graphs[i] for i in rows]
         fresh.labels(rows, potential)
-    reading = time.perf_counter() - started
+    reading = time.process_time() - computed
     n = sum(len(rows) for rows in batches[2:])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"opened": opened, "rate": n / seconds, "reading": reading / seconds, "memory": memory}
+    rates = {"rate": n / seconds, "cpu_rate": n / cpu, "reading": reading / cpu}
+    return {"opened": opened, **rates, "memory": memory}
 
 
 if __name__ == "__main__":
