@@ -55,8 +55,8 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", str(path)]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         print(
-            f"{size:10,} {path.stat().st_size / 1e6:9.1f} {row['opened']:10.2f} {row['rate']:13.1f} {row['cpu_rate']:17.1f} "
-            f"{100 * row['reading']:11.1f} {row['memory']:11.0f}",
+            f"{size:10,} {path.stat().st_size / 1e6:9.1f} {row['opened']:10.2f} {row['rate']:13.1f} "
+            f"{row['cpu_rate']:17.1f} {100 * row['reading']:11.1f} {row['memory']:11.0f}",
             flush=True,
         )
 

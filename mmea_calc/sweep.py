@@ -251,8 +251,7 @@ def train_all(
         raise TrainingError(f"jobs must be at least 1, got {jobs}")
     if cluster is None and jobs == 1:
         return list(_one_after_another(points, told))
-    with _submitter(jobs, cluster, cluster_options or {}, folder) as submit:
-        waiting = [submit(point) for point in points]
+    with _started(points, jobs, cluster, cluster_options or {}, folder) as waiting:
         return [_tell(told, _outcome(point, wait)) for point, wait in zip(points, waiting, strict=True)]
 
 
@@ -272,31 +271,32 @@ def _one_after_another(points: Sequence[Point], told: Callable[[Outcome], None])
 
 
 @contextmanager
-def _submitter(
-    jobs: int, cluster: str | None, cluster_options: Mapping[str, Any], folder: Path
-) -> Iterator[Callable[[Point], Callable[[], Outcome]]]:
-    """Within this context: a function that starts a point and gives what waits for its outcome."""
+def _started(
+    points: Sequence[Point], jobs: int, cluster: str | None, cluster_options: Mapping[str, Any], folder: Path
+) -> Iterator[list[Callable[[], Outcome]]]:
+    """Within this context all points are on their way: functions that wait for their outcomes."""
     if cluster is None:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 
         # Forked processes would inherit the threads of torch in whatever state they are.
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield lambda point: pool.submit(train_point, point).result
+            yield [pool.submit(train_point, point).result for point in points]
         return
     try:
         import submitit
     except ImportError as problem:
         raise TrainingError("a sweep over a cluster needs submitit: pip install 'mmea[slurm]'") from problem
-    executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
     settings = {"name": "mmea-sweep", **cluster_options}
     if cluster == "slurm":
         settings.setdefault("slurm_array_parallelism", jobs)
     try:
+        executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
         executor.update_parameters(**settings)
-    except (NameError, TypeError, ValueError) as problem:
-        raise TrainingError(f"submitit does not take {dict(cluster_options)}: {problem}") from problem
-    yield lambda point: executor.submit(train_point, point).result
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as problem:
+        raise TrainingError(f"submitit cannot submit to {cluster} with {settings}: {problem}") from problem
+    # As one array: Slurm then keeps to the number of jobs at a time.
+    yield [job.result for job in executor.map_array(train_point, points)]
 
 
 def _outcome(point: Point, wait: Callable[[], Outcome]) -> Outcome:
