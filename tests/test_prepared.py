@@ -13,6 +13,7 @@ import torch
 from ase import Atoms
 from ase.build import fcc111
 from ase.io import write
+from test_cli import mmea
 from test_finetuning import QUICK, SMALL, labelled, tiny_backbone
 
 from conftest import crystal, ethanol
@@ -226,3 +227,20 @@ def test_structures_are_written_by_the_thousand_and_read_alone(tmp_path: Path, m
         for item in data.structures:
             writer.add(item)
     assert open_prepared(tmp_path / "b.h5").hash == data.hash
+
+
+def test_the_command_prepares_and_a_file_of_another_cutoff_fails_with_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "train.xyz", labelled(3), format="extxyz")
+    result = mmea("prepare", tmp_path / "train.xyz", "-o", tmp_path / "train.h5")
+    assert result.exit_code == 0, result.output
+    assert "holds 3 structures, 3 with energy (REF_energy), 3 with forces (REF_forces)" in result.stdout
+    data = open_prepared(tmp_path / "train.h5")
+    assert data.file.r_max == 4.5
+    with writing(tmp_path / "other.h5", r_max=6.0) as writer:
+        for item in data.structures:
+            writer.add(item)
+    result = mmea("finetune", tmp_path / "other.h5", "-o", tmp_path / "a.adapter")
+    assert result.exit_code == 1
+    assert "was prepared for a cutoff of 6 A, the backbone has 4.5 A: prepare the data again" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "a.run").exists()
