@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmea_calc.dataset import Dataset
     from mmea_calc.finetuning import FinetuneResult
     from mmea_calc.preflight import PreflightReport
+    from mmea_calc.team import Team
 
     from .settings import Settings
 
@@ -33,8 +34,15 @@ OTHER_OPTIONS: dict[str, Any] = {
     "resume": bool,
     "check_md": bool,
     "init": Path,
+    "devices": int,
+    "committee": int,
+    "sweep": tuple[str, ...],
+    "jobs": int,
+    "cluster": str,
+    "slurm": tuple[str, ...],
 }
 DATA, MODEL, ABLATIONS, TRAINING = "Data", "Backbone and adapter", "Gate, for ablations", "Training"
+SEVERAL = "Several trainings"
 
 
 def finetune(
@@ -43,7 +51,7 @@ def finetune(
         typer.Argument(
             metavar="TRAIN...",
             help="Labelled structures: extended xyz, ASE db or .traj. Several files are joined, such as one with "
-            "isolated atoms.",
+            "isolated atoms. Or one .h5 file from mmea prepare.",
             show_default=False,
         ),
     ],
@@ -144,6 +152,14 @@ def finetune(
         int | None, typer.Option(help="Of splits, shuffling and initial values.", rich_help_panel=TRAINING)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that train together on this machine, one per GPU or CPU core; torchrun starts them on "
+            "several machines.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "float64"] | None, typer.Option(help="Precision.", rich_help_panel=TRAINING)
     ] = None,
@@ -159,6 +175,33 @@ def finetune(
         bool | None,
         typer.Option("--resume", help="Continue the run of the same output file.", rich_help_panel=TRAINING),
     ] = None,
+    committee: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Train N adapters that differ in their seeds.", rich_help_panel=SEVERAL),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUE,VALUE...",
+            help="Train every combination, such as --sweep gate_rank=8,16 lr=0.01,0.003.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trainings at a time; 1 if not given.", rich_help_panel=SEVERAL)
+    ] = None,
+    cluster: Annotated[
+        Literal["slurm", "local"] | None,
+        typer.Option(help="Submit the trainings with submitit (pip install 'mmea[slurm]').", rich_help_panel=SEVERAL),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE...",
+            help="Of submitit's executor, such as --slurm slurm_partition=gpu timeout_min=600.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = None,
     check_md: Annotated[
         bool | None,
         typer.Option(
@@ -170,12 +213,28 @@ def finetune(
 ) -> None:
     """Fine-tune a backbone on labelled structures and write an adapter file."""
     flags = {k: v for k, v in locals().items() if k not in ("train", "config")}
+    from .launch import run_together
     from .settings import resolve
 
-    _run(train, resolve(flags, config, OTHER_OPTIONS))
+    flags |= {name: tuple(flags[name]) if flags[name] else None for name in ("sweep", "slurm")}
+    settings = resolve(flags, config, OTHER_OPTIONS)
+    if settings.options["sweep"] or settings.options["committee"]:
+        from .settings import read_config
+        from .sweep import train_several
+
+        written = read_config(config, OTHER_OPTIONS) if config is not None else {}
+        train_several(train, settings, {**written, **{k: v for k, v in flags.items() if v is not None}})
+        return
+    if alone := [name for name in ("jobs", "cluster", "slurm") if settings.options[name] is not None]:
+        raise typer.BadParameter(f"--{alone[0]} is for several trainings: give --sweep or --committee with it")
+    run_together(
+        settings.options["devices"],
+        settings.training.device,
+        lambda team, own: _run(train, settings.on(own), team),
+    )
 
 
-def _run(train_files: list[Path], settings: Settings) -> None:
+def _run(train_files: list[Path], settings: Settings, team: Team) -> None:
     from mmea_calc.backbone import load_backbone
     from mmea_calc.config import DEFAULT_BACKBONE
     from mmea_calc.finetuning import finetune as train_adapter
@@ -210,7 +269,10 @@ def _run(train_files: list[Path], settings: Settings) -> None:
             report=report,
             resume=bool(options["resume"]),
             progress=display,
+            team=team,
         )
+    if not team.leads:
+        return
     _conclude(result)
     if options["check_md"]:
         _check_dynamics(result.path, train.structures[0].atoms, settings)
@@ -251,12 +313,14 @@ def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
 
 
 def _read(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    from mmea_calc.data import read_dataset
+    from mmea_calc.prepared import is_prepared, open_dataset
 
     keys = {name: options[name] for name in ("energy_key", "forces_key", "stress_key")}
-    train = read_dataset(train_files, **keys)
-    valid = read_dataset(options["valid"], **keys) if options["valid"] else None
-    test = read_dataset(options["test"], **keys) if options["test"] else None
+    train = open_dataset(train_files, **keys)
+    valid, test = (
+        open_dataset([path], **({} if is_prepared(path) else keys)) if (path := options[name]) else None
+        for name in ("valid", "test")
+    )
     return train, valid, test
 
 

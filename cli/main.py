@@ -20,15 +20,15 @@ from .check import check
 from .compare import compare
 from .convert import convert
 from .evaluate import evaluate
+from .explain import leave
 from .finetune import finetune
 from .fold import fold
 from .info import info
 from .inspect import inspect
 from .md import md
+from .prepare import prepare
 from .serve import serve
-from .several import any_word, is_number, several_values
-
-INTERRUPTED = 130
+from .several import any_word, is_number, is_setting, several_values
 
 
 class ExplainedErrors(TyperGroup):
@@ -37,16 +37,8 @@ class ExplainedErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except MMEAError as error:
-            message, code = str(error), 1
-        except OSError as error:
-            if error.filename is None or isinstance(error, BrokenPipeError):
-                raise
-            message, code = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}", 1
-        except KeyboardInterrupt:
-            message, code = "interrupted", INTERRUPTED
-        typer.echo("mmea: " + " ".join(message.split()), err=True)
-        raise typer.Exit(code)
+        except (MMEAError, OSError, KeyboardInterrupt) as error:
+            raise leave(error) from None
 
 
 app = typer.Typer(
@@ -59,7 +51,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(finetune)
+app.command()(prepare)
+app.command(cls=several_values({"--sweep": is_setting, "--slurm": is_setting}))(finetune)
 app.command()(evaluate)
 app.command(cls=several_values({"--temperature": is_number}))(md)
 app.command()(serve)

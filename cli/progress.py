@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +89,28 @@ def _errors(event: ProgressEvent) -> str:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Within this context: call it with what is done and the total, None while that is not known.
+
+    On a terminal one bar; elsewhere nothing, since what follows says how many there were.
+    """
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int | None) -> None:
+            text = f"{done:,} {what} counted" if total is None else f"{done:,} of {total:,} {what}"
+            bar.update(task, description=text, total=total, completed=done)
+
+        yield show
 
 
 def _bar(console: Console) -> Progress:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ class Settings:
     adapter: AdapterConfig
     training: TrainConfig
     options: dict[str, Any]
+
+    def on(self, device: str) -> Settings:
+        """The same, on that device."""
+        return replace(self, training=replace(self.training, device=device))
 
 
 def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mapping[str, Any]) -> Settings:

@@ -38,6 +38,11 @@ def is_number(word: str) -> bool:
     return True
 
 
+def is_setting(word: str) -> bool:
+    """Whether the word gives a setting a value."""
+    return not word.startswith("-") and "=" in word
+
+
 def any_word(word: str) -> bool:
     """Whether the word is no option: arguments stand before such an option, or after another one."""
     return not word.startswith("-")

@@ -7,7 +7,7 @@ order xx, yy, zz, yz, xz, xy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +73,24 @@ def read_dataset(
     if not any(joined.values()):
         raise DataError(
             f"{_names(paths)}: no structure has an energy, forces or a stress under a known key "
-            f"({', '.join(k for keys in LABEL_KEYS.values() for k in keys)}); {_existing_keys(files)}: name the right "
+            f"({', '.join(k for keys in LABEL_KEYS.values() for k in keys)}); {existing_keys(files)}: name the right "
             "ones with the options energy_key, forces_key, stress_key"
         )
     labelled = [
-        _labelled(atoms, keys, named, index, str(file))
+        labelled_structure(atoms, keys, named, index, str(file))
         for (file, frames), keys in zip(files, chosen, strict=True)
         for index, atoms in enumerate(frames)
     ]
-    alone = [item for item in labelled if _is_isolated(item)]
-    structures = tuple(item for item in labelled if not _is_isolated(item))
+    alone = [item for item in labelled if is_isolated(item)]
+    structures = tuple(item for item in labelled if not is_isolated(item))
     if not any(getattr(s, name) is not None for s in (structures or labelled) for name in LABELS):
         raise DataError(
             f"{_names(paths)}: only isolated atoms carry labels, none of the {len(structures)} structures does; "
-            f"{_existing_keys(files)}: name the right ones with the options energy_key, forces_key, stress_key"
+            f"{existing_keys(files)}: name the right ones with the options energy_key, forces_key, stress_key"
         )
     notes = _key_notes(files, chosen, joined)
     keys_found: dict[str, str | None] = {str(name): key for name, key in joined.items()}
-    return Dataset(structures, _names(paths), keys_found, _isolated_energies(alone), tuple(notes))
+    return Dataset(structures, _names(paths), keys_found, isolated_energies(alone), tuple(notes))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -102,33 +102,38 @@ def _names(paths: Sequence[Path]) -> str:
 
 def read_frames(path: Path) -> list[Atoms]:
     """All structures of a file that ASE reads, with or without labels; raises DataError."""
+    return list(iterate_frames(path))
+
+
+def iterate_frames(path: Path) -> Iterator[Atoms]:
+    """The same one after the other, without holding them."""
     if not path.exists():
         raise DataError(f"{path}: there is no such file")
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; expected structures")
+    found = False
     try:
-        frames = _read_database(path) if path.suffix in _DATABASE_SUFFIXES else list(ase.io.iread(path, ":"))
+        for atoms in _read_database(path) if path.suffix in _DATABASE_SUFFIXES else ase.io.iread(path, ":"):
+            found = True
+            yield atoms
     except Exception as error:  # ASE's readers raise whatever their parser meets: KeyError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{path}: cannot be read ({reason}); expected extended xyz, an ASE database, .traj or another format of ASE"
         ) from error
-    if not frames:
+    if not found:
         raise DataError(f"{path}: the file holds no structure; expected structures")
-    return frames
 
 
-def _read_database(path: Path) -> list[Atoms]:
+def _read_database(path: Path) -> Iterator[Atoms]:
     """Rows of an ASE database; labels may sit among the key-value pairs or in `data`, which ASE's reader leaves out."""
     import ase.db
 
-    frames = []
     with ase.db.connect(path) as database:
         for row in database.select():
             atoms = row.toatoms()
             atoms.info = {**row.get("data", {}), **row.key_value_pairs}
-            frames.append(atoms)
-    return frames
+            yield atoms
 
 
 # Keys ---------------------------------------------------------------------------------------------------------------
@@ -139,8 +144,8 @@ def _results(atoms: Atoms) -> dict[str, Any]:
     return {k: v for k, v in getattr(atoms.calc, "results", {}).items() if v is not None}
 
 
-def _lookup(atoms: Atoms, name: Label, key: str) -> Any:
-    """The raw value of a label, or None."""
+def lookup_label(atoms: Atoms, name: Label, key: str) -> Any:
+    """The raw value of a label, or None where the structure has none."""
     places = (atoms.arrays,) if name == "forces" else ()
     for place in (*places, atoms.info, _results(atoms)):
         if key in place:
@@ -149,10 +154,10 @@ def _lookup(atoms: Atoms, name: Label, key: str) -> Any:
 
 
 def _detect_key(frames: Sequence[Atoms], name: Label) -> str | None:
-    return next((k for k in LABEL_KEYS[name] if any(_lookup(a, name, k) is not None for a in frames)), None)
+    return next((k for k in LABEL_KEYS[name] if any(lookup_label(a, name, k) is not None for a in frames)), None)
 
 
-def _existing_keys(files: Sequence[tuple[Path, list[Atoms]]]) -> str:
+def existing_keys(files: Sequence[tuple[Path, list[Atoms]]]) -> str:
     """A sentence that lists the keys in the files."""
     per_structure: Counter[str] = Counter()
     per_atom: Counter[str] = Counter()
@@ -168,9 +173,9 @@ def _existing_keys(files: Sequence[tuple[Path, list[Atoms]]]) -> str:
 
 def _check_named_keys(named: dict[Label, str | None], files: Sequence[tuple[Path, list[Atoms]]]) -> None:
     for name, key in named.items():
-        if key is not None and not any(_lookup(a, name, key) is not None for _, frames in files for a in frames):
+        if key is not None and not any(lookup_label(a, name, key) is not None for _, frames in files for a in frames):
             raise DataError(
-                f"{name}_key {key!r} is in no structure of {_names([p for p, _ in files])}; {_existing_keys(files)}"
+                f"{name}_key {key!r} is in no structure of {_names([p for p, _ in files])}; {existing_keys(files)}"
             )
 
 
@@ -186,7 +191,9 @@ def _key_notes(
             other = LABEL_KEYS[name][1]
             if key != LABEL_KEYS[name][0]:
                 continue
-            n_other = sum(_lookup(a, name, key) is None and _lookup(a, name, other) is not None for a in frames)
+            n_other = sum(
+                lookup_label(a, name, key) is None and lookup_label(a, name, other) is not None for a in frames
+            )
             if n_other:
                 notes.append(
                     f"{path.name}: {n_other} structures have {other!r} but no {key!r}; their {name} is not used"
@@ -206,15 +213,16 @@ def _key_notes(
 # Labels -------------------------------------------------------------------------------------------------------------
 
 
-def _labelled(
+def labelled_structure(
     atoms: Atoms, keys: dict[Label, str | None], named: dict[Label, str | None], index: int, source: str
 ) -> Labelled:
+    """A frame with the labels under `keys`, checked; `named` are keys of labels that a user gave. Raises DataError."""
     where = Labelled(atoms, index=index, source=source).where
     convert: dict[Label, Callable[[Any, str, int], Any]] = {"energy": _energy, "forces": _forces, "stress": _stress}
     labels: dict[str, Any] = {}
     for name in LABELS:
         key = keys[name]
-        raw = None if key is None else _lookup(atoms, name, key)
+        raw = None if key is None else lookup_label(atoms, name, key)
         labels[name] = None if raw is None else convert[name](raw, f"{where}: {name} ({key})", len(atoms))
     clean = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     drop = {key for name in LABELS for key in (*LABEL_KEYS[name], named[name])}
@@ -267,7 +275,8 @@ def _stress(value: Any, what: str, n_atoms: int) -> FloatArray:
     return 0.5 * (full + full.T)
 
 
-def _is_isolated(item: Labelled) -> bool:
+def is_isolated(item: Labelled) -> bool:
+    """Whether it is an isolated atom. Raises DataError for one that is marked so and has several."""
     marked = item.config_type.replace("_", "").lower() == _ISOLATED
     if marked and len(item.atoms) != 1:
         raise DataError(
@@ -276,7 +285,8 @@ def _is_isolated(item: Labelled) -> bool:
     return marked or (len(item.atoms) == 1 and not item.atoms.pbc.any())
 
 
-def _isolated_energies(alone: Sequence[Labelled]) -> dict[int, float]:
+def isolated_energies(alone: Sequence[Labelled]) -> dict[int, float]:
+    """Atomic number -> eV. Raises DataError where two contradict each other."""
     energies: dict[int, float] = {}
     for item in alone:
         if item.energy is None:

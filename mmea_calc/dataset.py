@@ -6,7 +6,7 @@ Units: eV, A, eV/A, eV/A^3. Stress has ASE's sign, sigma = (1/V) dE/dstrain (pos
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +64,7 @@ class Dataset:
         notes: what a user should know about how the labels were found.
     """
 
-    structures: tuple[Labelled, ...]
+    structures: Sequence[Labelled]
     name: str
     keys: dict[str, str | None]
     isolated_atoms: dict[int, float] = field(default_factory=dict)
@@ -76,7 +76,10 @@ class Dataset:
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) over numbers, positions, cells, periodicity and labels of all structures, in order."""
-        return _content_hash(self.structures, self.isolated_atoms)
+        content = ContentHash()
+        for item in self.structures:
+            content.add(item)
+        return content.finish(self.isolated_atoms)
 
     @cached_property
     def elements(self) -> tuple[int, ...]:
@@ -96,16 +99,14 @@ class Dataset:
             record.setdefault(item.source, []).append(item.index)
         return record
 
+    def for_report(self, backbone_elements: Sequence[int], r_max: float | None) -> Dataset:
+        """The structures that a report on the data looks at: all of those in memory."""
+        return self
+
     def subset(self, indices: Iterable[int], name: str | None = None) -> Dataset:
         """The structures at the given places, with the same isolated atoms."""
         chosen = tuple(self.structures[i] for i in indices)
         return Dataset(chosen, name or self.name, dict(self.keys), dict(self.isolated_atoms), self.notes)
-
-    def joined(self, structures: Iterable[Labelled]) -> Dataset:
-        """These structures and then the given ones, with the same isolated atoms."""
-        return Dataset(
-            (*self.structures, *structures), self.name, dict(self.keys), dict(self.isolated_atoms), self.notes
-        )
 
 
 def composition(structures: Sequence[Labelled], elements: Sequence[int]) -> FloatArray:
@@ -164,21 +165,27 @@ def check_finite(item: Labelled) -> None:
         raise DataError(f"{item.where} is periodic, but its cell has no volume: {atoms.cell.array.tolist()}")
 
 
-def _content_hash(structures: Sequence[Labelled], isolated_atoms: dict[int, float]) -> str:
-    digest = hashlib.sha256()
+class ContentHash:
+    """sha256 over structures and isolated atoms, one after the other."""
 
-    def add(value: Any, dtype: str) -> None:
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, item: Labelled) -> None:
+        self._add(item.atoms.numbers, "<i8")
+        self._add(item.atoms.positions, "<f8")
+        self._add(item.atoms.cell.array, "<f8")
+        self._add(item.atoms.pbc, "|u1")
+        for value in (item.energy, item.forces, item.stress):
+            self._digest.update(b"-") if value is None else self._add(value, "<f8")
+
+    def finish(self, isolated_atoms: Mapping[int, float]) -> str:
+        """The hash (hex) of all that was added, and of the isolated atoms."""
+        for z, energy in sorted(isolated_atoms.items()):
+            self._add([float(z), energy], "<f8")
+        return self._digest.hexdigest()
+
+    def _add(self, value: Any, dtype: str) -> None:
         # Little-endian with the shape in front: the same on every machine, and no two data sets run together.
         array = np.ascontiguousarray(value, dtype=dtype)
-        digest.update(repr(array.shape).encode() + array.tobytes())
-
-    for item in structures:
-        add(item.atoms.numbers, "<i8")
-        add(item.atoms.positions, "<f8")
-        add(item.atoms.cell.array, "<f8")
-        add(item.atoms.pbc, "|u1")
-        for value in (item.energy, item.forces, item.stress):
-            digest.update(b"-") if value is None else add(value, "<f8")
-    for z, energy in sorted(isolated_atoms.items()):
-        add([float(z), energy], "<f8")
-    return digest.hexdigest()
+        self._digest.update(repr(array.shape).encode() + array.tobytes())

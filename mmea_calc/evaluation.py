@@ -6,7 +6,7 @@ errors of forces are over Cartesian components, so that structures weigh as much
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from .dataset import Dataset
 from .errors import DataError
 from .graph import Graph, check_elements
 from .potential import Potential
+from .prepared import PreparedDataset
+from .team import SOLO, Team
 
 if TYPE_CHECKING:
     from .plots import ParitySeries
@@ -158,6 +160,7 @@ def evaluate(
     batch_size: int = 16,
     same_reference_energies: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = SOLO,
 ) -> Evaluation:
     """Errors of a potential on labelled structures.
 
@@ -168,6 +171,7 @@ def evaluate(
         same_reference_energies: give the bare backbone the adapter's reference energies, so that its energy errors
             are those before training (zero-shot) and not a difference of levels of theory; False: its own.
         progress: called with the number of evaluated structures and their total, counting both models.
+        team: processes that share the work; all of them return the same.
 
     Raises:
         DataError: no structures or no labels; an element the backbone lacks; positions that are not finite.
@@ -183,15 +187,16 @@ def evaluate(
     want_forces = counts["forces"] > 0
 
     def run(label: str, done: int) -> ModelEvaluation:
-        energies: list[FloatArray] = []
-        forces: list[FloatArray] = []
-        for start in range(0, len(graphs), batch_size):
+        mine = {}
+        starts = range(0, len(graphs), batch_size)
+        for start in team.mine(starts):
             some = graphs[start : start + batch_size]
             energy, per_structure = potential.predict_graphs(some, batch_size=batch_size, forces=want_forces)
-            energies.append(energy.numpy())
-            forces += [f.numpy() for f in per_structure]
-            progress(done + start + len(some), total)
-        return _compare(label, dataset, np.concatenate(energies), tuple(forces))
+            mine[start] = energy.numpy(), [f.numpy() for f in per_structure]
+            progress(done + min(start + team.size * batch_size, len(graphs)), total)
+        found = {start: part for parts in team.gather(mine) for start, part in parts.items()}
+        forces = tuple(f for start in starts for f in found[start][1])
+        return _compare(label, dataset, np.concatenate([found[start][0] for start in starts]), forces)
 
     with potential.folded():
         with_adapter = run("adapter", 0) if adapted else None
@@ -203,8 +208,11 @@ def evaluate(
     return Evaluation(dataset, bare, with_adapter, potential.backbone.name, same_reference_energies)
 
 
-def _graphs(potential: Potential, dataset: Dataset) -> list[Graph]:
+def _graphs(potential: Potential, dataset: Dataset) -> Sequence[Graph]:
     """Neighbour lists of all structures, every one checked before the first is computed."""
+    if isinstance(dataset, PreparedDataset):
+        dataset.check_elements(potential.backbone.elements)
+        return dataset.graphs(potential.backbone.r_max)
     graphs = []
     for item in dataset.structures:
         check_elements(np.unique(item.atoms.numbers), potential.backbone.elements, item.where)

@@ -27,12 +27,14 @@ from .dataset import Dataset
 from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
 from .optimiser import check_optimiser
+from .parallel import merge_ranges, total_energies
 from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
 from .replay import Replay, replay_structures
 from .run_folder import RunFolder, versions
 from .sparsity import Sparsity, sparsity
+from .team import SOLO, Team
 from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
 from .updates import SoftThreshold
 
@@ -86,6 +88,7 @@ def finetune(
     run_dir: str | Path | None = None,
     resume: bool = False,
     progress: Progress = lambda event: None,
+    team: Team = SOLO,
 ) -> FinetuneResult:
     """Train an adapter on labelled structures and write it.
 
@@ -105,7 +108,9 @@ def finetune(
         report: of `preflight` on these data, where it has been made already.
         run_dir: run folder; the output's name with `.run` if not given.
         resume: go on from the run folder's checkpoint.
-        progress: told what happens.
+        progress: told what happens, in the first process.
+        team: processes that train this adapter together (`mmea_calc.team.joined`); `training.batch_size` counts the
+            structures of all of them. The first one writes; all return the same.
 
     Raises:
         DataError, BackboneError, AdapterError: before anything is written. Also an `init` for another backbone
@@ -116,10 +121,11 @@ def finetune(
     training = training or TrainConfig()
     start = read_adapter(init) if isinstance(init, str | Path) else init
     adapter = _form(adapter, start)
-    _check_settings(training)
+    _check_settings(training, team)
     output = Path(output)
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
-    _check_writable(output, run_dir)
+    if team.leads:
+        _check_writable(output, run_dir)
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, head=head, device=training.device, dtype=training.dtype)
     if start is not None:
@@ -138,13 +144,13 @@ def finetune(
             potential.adapter = handle
             potential.reference_energies = {**backbone.atomic_energies, **start.reference_energies}
         with nullcontext() if start is not None else handle.disabled():
-            energies = _reference_energies(E0s, train, samples[0], potential)
+            energies = _reference_energies(E0s, train, potential, samples[0], team)
         potential.adapter, potential.reference_energies = handle, energies.energies
         data = train, valid, test
         run = _Run(
-            output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory
+            output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory, team
         )
-        return run.go(resume, progress)
+        return run.go(resume, progress if team.leads else lambda event: None)
     finally:
         handle.detach()
 
@@ -164,7 +170,12 @@ def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterCo
     return replace(start.config, seed=adapter.seed if adapter else start.config.seed)
 
 
-def _check_settings(training: TrainConfig) -> None:
+def _check_settings(training: TrainConfig, team: Team) -> None:
+    if training.batch_size < team.size:
+        raise TrainingError(
+            f"a batch of {training.batch_size} structures leaves some of {team.size} processes without work: give "
+            f"--batch-size at least {team.size}, or start fewer processes"
+        )
     for name, least in (("epochs", 0), ("batch_size", 1), ("replay", 0), ("lr", 1e-12), ("clip_norm", 1e-12)):
         if getattr(training, name) < least:
             raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
@@ -187,12 +198,15 @@ def _check_writable(output: Path, run_dir: Path) -> None:
             raise TrainingError(f"{existing} cannot be written to: choose another place with --output")
 
 
-def _reference_energies(spec: Any, train: Dataset, samples: Samples, potential: Potential) -> ReferenceEnergies:
+def _reference_energies(
+    spec: Any, train: Dataset, potential: Potential, samples: Samples, team: Team
+) -> ReferenceEnergies:
     """Choose E0s, with what the potential predicts for the training structures before any training."""
     base = _Energies(potential.backbone.name, potential.reference_energies)
-    totals, _ = potential.predict_graphs(samples.graphs, forces=False)
+    train, graphs = samples.for_reference_energies(train)
+    totals = total_energies(team, potential, graphs)
     reference = [sum(base.atomic_energies[int(z)] for z in s.atoms.numbers) for s in train.structures]
-    return resolve_reference_energies(spec, train, base, totals.numpy() - np.array(reference))
+    return team.from_first(lambda: resolve_reference_energies(spec, train, base, totals.numpy() - np.array(reference)))
 
 
 @dataclass
@@ -219,8 +233,10 @@ class _Run:
         energies: ReferenceEnergies,
         report: PreflightReport,
         level_of_theory: str | None,
+        team: Team,
     ) -> None:
-        self.output, self.folder = output, RunFolder(run_dir)
+        self.team = team
+        self.output, self.folder = output, RunFolder(run_dir, writes=team.leads)
         self.potential, self.handle, self.training, self.samples = potential, handle, training, samples
         self.start, self.initial = start, dict[str, Errors]()
         self.train, self.valid, self.test = data
@@ -236,6 +252,7 @@ class _Run:
             replay=replay,
             checkpoint=self.folder.checkpoint,
             progress=progress,
+            team=self.team,
         )
         for text in (self.energies.note, *self.energies.warnings):
             progress(ProgressEvent(message=text))
@@ -273,14 +290,16 @@ class _Run:
         if not self.training.replay:
             return None
         with nullcontext() if self.start is not None else self.handle.disabled():
-            added = replay_structures(self.potential, self.folder.replay, resume=resume)
-        self.samples = Samples(self.train.joined(added), self.potential), self.samples[1]
+            added = replay_structures(self.potential, self.folder.replay, resume=resume, team=self.team)
+        train, valid = self.samples
+        self.samples = train.joined(Samples(Dataset(added, "replay", {}), self.potential)), valid
         return Replay(len(self.train), len(added), self.training.replay)
 
     def _finish(self, trainer: Trainer) -> FinetuneResult:
         trainer.use_best()
         with self.handle.recording():
-            self.potential.predict_graphs(self.samples[0].graphs, forces=False)
+            total_energies(self.team, self.potential, self.samples[0].graphs)
+            merge_ranges(self.team, self.handle)
         if self.start is not None:
             self.handle.widen(self.start.tensors)
         evaluations = self._evaluate()
@@ -291,7 +310,8 @@ class _Run:
             fine_tuned[name] = _errors(evaluation.adapter.overall)
         found = self._sparsity(trainer)
         file = self._adapter_file(trainer, zero_shot, fine_tuned, found)
-        write_adapter(self.output, file)
+        if self.team.leads:
+            write_adapter(self.output, file)
         self.folder.write_csv("log.csv", trainer.log)
         self.folder.draw(trainer.log, zero_shot["valid"].to_dict(), evaluations)
         after = fine_tuned["valid"]
@@ -311,7 +331,7 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Evaluation]:
         sets = {"valid": self.valid, **({} if self.test is None else {"test": self.test})}
-        return {name: evaluate(self.potential, dataset) for name, dataset in sets.items()}
+        return {name: evaluate(self.potential, dataset, team=self.team) for name, dataset in sets.items()}
 
     def _adapter_file(
         self,

@@ -52,17 +52,36 @@ def build_graph(atoms: Atoms, r_max: float) -> Graph:
     Raises:
         DataError: no atoms, positions or cell that are not finite, or a periodic direction without a lattice vector.
     """
-    numbers = atoms.numbers.astype(np.int64)
-    positions = np.array(atoms.positions, dtype=np.float64)
-    cell, pbc = np.array(atoms.cell.array, dtype=np.float64), np.array(atoms.pbc, dtype=bool)
-    if len(numbers) == 0:
+    _check(atoms)
+    positions, cell, kept = _placed(atoms)
+    pbc = np.array(atoms.pbc, dtype=bool)
+    first, second, shifts = pairs_within(positions, cell, pbc, r_max)
+    return Graph(atoms.numbers.astype(np.int64), positions, kept, pbc, np.stack([first, second]), shifts)
+
+
+def graph_with_edges(atoms: Atoms, edge_index: IntArray, unit_shifts: FloatArray) -> Graph:
+    """The graph that `build_graph` made of this structure, given the edges it found."""
+    positions, _, kept = _placed(atoms)
+    pbc = np.array(atoms.pbc, dtype=bool)
+    return Graph(atoms.numbers.astype(np.int64), positions, kept, pbc, edge_index, unit_shifts)
+
+
+def _check(atoms: Atoms) -> None:
+    """What makes no graph is a DataError."""
+    if len(atoms) == 0:
         raise DataError("the structure has no atoms; expected at least one")
-    if not np.isfinite(positions).all():
-        bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+    if not np.isfinite(atoms.positions).all():
+        bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
         raise DataError(f"positions must be finite, got NaN or infinity for atom {bad[0]} ({len(bad)} atoms in all)")
-    if not np.isfinite(cell).all():
+    if not np.isfinite(atoms.cell.array).all():
         raise DataError("the cell must be finite, got NaN or infinity")
-    given, cell = cell, periodic_cell(cell, pbc)
+
+
+def _placed(atoms: Atoms) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Positions where single precision serves them best, the cell they were moved by, and the cell of the graph."""
+    positions = np.array(atoms.positions, dtype=np.float64)
+    given, pbc = np.array(atoms.cell.array, dtype=np.float64), np.array(atoms.pbc, dtype=bool)
+    cell = periodic_cell(given, pbc)
     if pbc.any():
         fractional = positions @ np.linalg.inv(cell)
         positions = positions - np.where(pbc, np.floor(fractional), 0.0) @ cell
@@ -71,10 +90,8 @@ def build_graph(atoms: Atoms, r_max: float) -> Graph:
         # Along periodic directions the atoms stay in their cell.
         middle = (positions @ np.linalg.inv(cell)).mean(axis=0)
         positions = positions - np.where(pbc, 0.0, middle) @ cell
-    first, second, shifts = pairs_within(positions, cell, pbc, r_max)
     # The volume of a slab's own cell, vacuum included, is what its stress refers to.
-    kept = given if abs(np.linalg.det(given)) > 1e-8 else cell
-    return Graph(numbers, positions, kept, pbc, np.stack([first, second]), shifts)
+    return positions, cell, given if abs(np.linalg.det(given)) > 1e-8 else cell
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -55,6 +55,23 @@ def collect_labels(structures: Sequence[Labelled], *, dtype: torch.dtype, device
     )
 
 
+@dataclass(frozen=True)
+class LabelCounts:
+    """How many structures have an energy, and how many components of forces and stresses are labelled."""
+
+    energies: int
+    forces: int
+    stresses: int
+
+    @classmethod
+    def of(cls, structures: Sequence[Labelled]) -> LabelCounts:
+        return cls(
+            sum(s.energy is not None for s in structures),
+            sum(3 * len(s.atoms) for s in structures if s.forces is not None),
+            sum(9 for s in structures if s.stress is not None),
+        )
+
+
 @dataclass
 class Loss:
     """Weighted terms of a batch; `total` is their sum and is what training lowers."""
@@ -69,27 +86,38 @@ class Loss:
 
 
 def batch_loss(
-    prediction: Prediction, labels: Labels, config: TrainConfig, *, energy_weight: float, forces_weight: float
+    prediction: Prediction,
+    labels: Labels,
+    config: TrainConfig,
+    *,
+    energy_weight: float,
+    forces_weight: float,
+    counts: LabelCounts | None = None,
 ) -> Loss:
-    """Mean over labelled structures (energy per atom, stress components) and force components, times the weights."""
+    """Mean over labelled structures (energy per atom, stress components) and force components, times the weights.
+
+    With `counts`, those of a whole batch of which these structures are a part: the part's share of the whole's means.
+    """
     # The difference of two numbers near -17,000 eV is taken in float64, and only then rounded.
     difference = (prediction.energy - labels.energy).to(labels.atoms_per_graph)
-    energy = _mean(difference / labels.atoms_per_graph, labels.energy_mask, config)
+    n_energies, n_forces, n_stresses = astuple(counts) if counts is not None else (None, None, None)
+    energy = _mean(difference / labels.atoms_per_graph, labels.energy_mask, config, n_energies)
     zero = energy.new_zeros(())
     forces = stress = zero
     if prediction.forces is not None:
-        forces = _mean(prediction.forces - labels.forces, labels.forces_mask, config)
+        forces = _mean(prediction.forces - labels.forces, labels.forces_mask, config, n_forces)
     if prediction.stress is not None:
-        stress = _mean(prediction.stress - labels.stress, labels.stress_mask, config)
+        stress = _mean(prediction.stress - labels.stress, labels.stress_mask, config, n_stresses)
     return Loss(energy_weight * energy, forces_weight * forces, config.stress_weight * stress)
 
 
-def _mean(error: Tensor, mask: Tensor, config: TrainConfig) -> Tensor:
-    """Mean over the entries that carry a label; 0 if none does."""
+def _mean(error: Tensor, mask: Tensor, config: TrainConfig, count: int | None) -> Tensor:
+    """Mean over the entries that carry a label; 0 if none does. With `count`, the sum over so many."""
     if config.loss == "huber":
         # Twice the Huber loss is the squared error inside delta and grows linearly outside.
         each = 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=config.huber_delta)
     else:
         each = error * error
     weight = mask.expand_as(each)
-    return (each * weight).sum() / weight.sum().clamp(min=1)
+    total = (each * weight).sum()
+    return total / (weight.sum().clamp(min=1) if count is None else max(count, 1))

@@ -77,13 +77,15 @@ def preflight(
             closer than 0.3 A, also through periodic images.
     """
     given = {"train": train, "valid": valid, "test": test}
-    sets = {name: dataset for name, dataset in given.items() if dataset is not None}
+    sets = {name: d.for_report(backbone_elements, r_max) for name, d in given.items() if d is not None}
     shortest = {name: check_structures(dataset, backbone_elements) for name, dataset in sets.items()}
     warnings: list[str] = []
     notes: list[str] = []
     summaries: dict[str, dict[str, Any]] = {}
     for name, dataset in sets.items():
         summaries[name] = _summary(dataset, shortest[name])
+        if len(whole := given[name] or dataset) != len(dataset):
+            summaries[name] |= {"structures": len(whole), "looked_at": len(dataset), "hash": whole.hash}
         found = _doubts(dataset, r_max)
         duplicates, contradictions = find_duplicates(dataset)
         summaries[name]["duplicates"] = duplicates
@@ -128,11 +130,12 @@ def check_structures(dataset: Dataset, backbone_elements: Sequence[int]) -> Floa
                 f"{item.where} has {names}; the backbone knows "
                 f"{', '.join(chemical_symbols[z] for z in sorted(known))}: choose another backbone"
             )
-        shortest[n] = _shortest_distance(item)
+        shortest[n] = shortest_distance(item)
     return shortest
 
 
-def _shortest_distance(item: Labelled) -> float:
+def shortest_distance(item: Labelled) -> float:
+    """The shortest distance of two atoms, A; infinite beyond 1.6 A. Raises DataError below 0.3 A."""
     atoms = item.atoms
     pairs = neighbours(atoms, _SEARCH_DISTANCE_A)
     first, second, d = pairs.first, pairs.second, pairs.distances

@@ -19,6 +19,7 @@ from .dataset import FloatArray, Labelled
 from .errors import TrainingError
 from .files import replacing
 from .potential import Potential
+from .team import SOLO, Team
 
 MOLECULES = "replay_molecules.npz"
 
@@ -44,12 +45,15 @@ class Replay:
         return [[self.first + int(i) for i in part] for part in np.array_split(drawn, n_batches)]
 
 
-def replay_structures(potential: Potential, kept: Path, *, resume: bool = False) -> list[Labelled]:
+def replay_structures(
+    potential: Potential, kept: Path, *, resume: bool = False, team: Team = SOLO
+) -> tuple[Labelled, ...]:
     """The pool: all molecules of the package whose elements the backbone knows, labelled by `potential` as it is.
 
     Args:
         kept: file that keeps the labels.
         resume: take them from there, if it exists: made again they may differ in the last bit.
+        team: the processes that train together; the first one makes the labels for all.
 
     Raises:
         TrainingError: the backbone knows the elements of none of them, or `kept` does not fit.
@@ -62,19 +66,26 @@ def replay_structures(potential: Potential, kept: Path, *, resume: bool = False)
             "with the package; leave --replay out"
         )
     sizes = [len(atoms) for _, atoms in molecules]
-    if resume and kept.exists():
-        energies, forces = _read(kept, sizes)
-    else:
-        found = potential.predict_graphs([potential.graph(atoms) for _, atoms in molecules])
-        energies, forces = found[0].numpy(), np.concatenate([force.numpy() for force in found[1]])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as temporary, temporary.open("wb") as file:
-            np.savez(file, energies=energies, forces=forces)
+    labels: tuple[FloatArray, FloatArray] | None = None
+    if team.leads:
+        labels = _read(kept, sizes) if resume and kept.exists() else _made(potential, [a for _, a in molecules], kept)
+    labels = team.gather(labels)[0]
+    assert labels is not None
+    energies, forces = labels
     of_each = np.split(forces, np.cumsum(sizes)[:-1])
-    return [
+    return tuple(
         Labelled(atoms, energy=float(energy), forces=force, config_type="replay", index=i, source=MOLECULES)
         for (i, atoms), energy, force in zip(molecules, energies, of_each, strict=True)
-    ]
+    )
+
+
+def _made(potential: Potential, molecules: list[Atoms], kept: Path) -> tuple[FloatArray, FloatArray]:
+    found = potential.predict_graphs([potential.graph(atoms) for atoms in molecules])
+    energies, forces = found[0].numpy(), np.concatenate([force.numpy() for force in found[1]])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(kept) as temporary, temporary.open("wb") as file:
+        np.savez(file, energies=energies, forces=forces)
+    return energies, forces
 
 
 def _read(kept: Path, sizes: list[int]) -> tuple[FloatArray, FloatArray]:

@@ -38,10 +38,11 @@ class RunFolder:
 
     Args:
         path: the folder; made when something is first written.
+        writes: False writes nothing, as it is for all processes of a training but one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @property
     def checkpoint(self) -> Path:
@@ -52,12 +53,14 @@ class RunFolder:
         return self.path / "replay.npz"
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / name, json.dumps(json_ready(dict(values)), indent=1))
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """One line per row; a row may lack columns. Nothing is written without rows."""
-        if not rows:
+        if not rows or not self.writes:
             return
         names = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
@@ -79,6 +82,8 @@ class RunFolder:
             zero_shot: errors of the bare backbone on the validation set, by their names in the log without "valid_".
             evaluations: "valid", "test" -> errors of all structures.
         """
+        if not self.writes:
+            return
         from . import plots  # matplotlib is slow to import and not needed before
 
         if log:

@@ -7,12 +7,13 @@ so a checkpoint at the end of an epoch holds all there is: weights, averages, op
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from torch import Tensor, nn
 
 from .adapted import Adapter
 from .config import TrainConfig, to_dict
-from .dataset import Dataset
 from .errors import TrainingError
 from .files import replacing
-from .graph import Graph
-from .loss import Labels, Loss, batch_loss, collect_labels
+from .loss import LabelCounts, Loss, batch_loss
 from .optimiser import Optimiser
+from .parallel import add_up, check_agreement
 from .potential import Potential
 from .replay import Replay
+from .samples import Errors, Samples, measure, stage_weights
+from .team import SOLO, Team
 
 CHECKPOINT_VERSION = 1
 
@@ -59,76 +61,6 @@ class ProgressEvent:
 Progress = Callable[[ProgressEvent], None]
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Mean absolute errors; NaN where no structure carries the label. `loss` is weighted as in training."""
-
-    loss: float
-    energy_mae_meV: float
-    energy_mae_meV_per_atom: float
-    forces_mae_meV_per_A: float
-
-    def to_dict(self) -> dict[str, float]:
-        return {
-            "energy_mae_meV": self.energy_mae_meV,
-            "energy_mae_meV_per_atom": self.energy_mae_meV_per_atom,
-            "forces_mae_meV_per_A": self.forces_mae_meV_per_A,
-        }
-
-
-class Samples:
-    """Structures with their neighbour lists, from which batches are made."""
-
-    def __init__(self, dataset: Dataset, potential: Potential) -> None:
-        self.structures, self.hash = dataset.structures, dataset.hash
-        self.graphs: list[Graph] = [potential.graph(s.atoms) for s in self.structures]
-        self.has_stress = any(s.stress is not None for s in self.structures)
-
-    def __len__(self) -> int:
-        return len(self.structures)
-
-    def labels(self, indices: Sequence[int], potential: Potential) -> Labels:
-        chosen = [self.structures[i] for i in indices]
-        return collect_labels(chosen, dtype=potential.dtype, device=potential.device)
-
-
-def measure(potential: Potential, samples: Samples, config: TrainConfig, *, stage: int = 1) -> Errors:
-    """Errors of the potential as it is, in batches of a fixed order."""
-    energy_error: list[np.ndarray] = []
-    forces_error = forces_count = loss = 0.0
-    per_atom: list[np.ndarray] = []
-    size = max(config.batch_size, 8)
-    for start in range(0, len(samples), size):
-        rows = list(range(start, min(start + size, len(samples))))
-        labels = samples.labels(rows, potential)
-        batch = potential.collate([samples.graphs[i] for i in rows])
-        prediction = potential.predict(batch, stress=config.stress_weight > 0 and samples.has_stress)
-        energy_weight, forces_weight = stage_weights(config, stage)
-        part = batch_loss(prediction, labels, config, energy_weight=energy_weight, forces_weight=forces_weight)
-        loss += float(part.total) * len(rows)
-        known = labels.energy_mask.bool()
-        error = (prediction.energy - labels.energy).abs()[known]
-        energy_error.append(error.cpu().numpy())
-        per_atom.append((error / labels.atoms_per_graph[known]).cpu().numpy())
-        assert prediction.forces is not None
-        forces_error += float(((prediction.forces - labels.forces).abs() * labels.forces_mask).double().sum())
-        forces_count += 3 * float(labels.forces_mask.sum())
-    energies, energies_per_atom = np.concatenate(energy_error), np.concatenate(per_atom)
-    return Errors(
-        loss=loss / len(samples),
-        energy_mae_meV=1e3 * float(energies.mean()) if len(energies) else math.nan,
-        energy_mae_meV_per_atom=1e3 * float(energies_per_atom.mean()) if len(energies) else math.nan,
-        forces_mae_meV_per_A=1e3 * forces_error / forces_count if forces_count else math.nan,
-    )
-
-
-def stage_weights(config: TrainConfig, stage: int) -> tuple[float, float]:
-    """Weights of energy and forces in stage 1 or 2."""
-    if stage == 2:
-        return config.stage_two_energy_weight, config.stage_two_forces_weight
-    return config.energy_weight, config.forces_weight
-
-
 @dataclass
 class Best:
     """The best averaged weights so far."""
@@ -150,6 +82,7 @@ class Trainer:
         replay: which of the training structures are replayed ones.
         checkpoint: where the state is kept after every epoch; None keeps none.
         progress: told what happens.
+        team: the processes that train together; each takes its part of every batch. The first one keeps the state.
     """
 
     def __init__(
@@ -163,11 +96,14 @@ class Trainer:
         replay: Replay | None = None,
         checkpoint: Path | None = None,
         progress: Progress = lambda event: None,
+        team: Team = SOLO,
     ) -> None:
+        self.team = team
         self.potential, self.adapter, self.config = potential, adapter, config
         self.train, self.valid, self.replay = train, valid, replay
         self.checkpoint, self.progress = checkpoint, progress
         self.parameters: list[Tensor] = list(adapter.parameters())
+        team.copy_first(self.parameters)
         self.optimiser = Optimiser(self.parameters, adapter.parameter_groups(), config)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimiser.torch, factor=config.plateau_factor, patience=config.plateau_patience
@@ -186,8 +122,10 @@ class Trainer:
         """Train to the end, or on from a restored state. The best averaged weights are left in the adapter.
 
         Raises:
-            TrainingError: the loss is no longer a number. The best weights so far are left in the adapter.
+            TrainingError: the loss is no longer a number (the best weights so far are left in the adapter), or the
+                processes of a team do not train the same thing.
         """
+        check_agreement(self.team, self.identity(), "give all of them the same files and options")
         try:
             while self.epoch < self.config.epochs:
                 self._epoch()
@@ -212,12 +150,13 @@ class Trainer:
         if stage == 2 and (self.epoch == 0 or self.stage(self.epoch - 1) == 1):
             self.optimiser.lr = self.config.stage_two_lr
         sums = np.zeros(3)
-        batches = self._batches()
-        for rows in batches:
+        n_rows = 0
+        for rows in self._batches():
             loss = self._step(rows, stage)
             sums += len(rows) * np.array([float(t.detach()) for t in (loss.total, loss.energy, loss.forces)])
+            n_rows += len(rows)
         self.epoch += 1
-        sums /= sum(map(len, batches))
+        sums /= n_rows
         errors = None
         if self.epoch % self.validate_every == 0 or self.epoch == self.config.epochs:
             errors = self._validate(stage)
@@ -241,28 +180,18 @@ class Trainer:
             )
         )
 
-    def _batches(self) -> list[list[int]]:
+    def _batches(self) -> Iterator[list[int]]:
         """The samples of every step of this epoch."""
         generator = np.random.default_rng((self.config.seed, self.epoch))
-        order = [int(i) for i in generator.permutation(self.n_train)]
-        size = self.config.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        if self.replay is None:
-            return batches
-        replayed = self.replay.deal(generator, len(batches))
-        return [own + more for own, more in zip(batches, replayed, strict=True)]
+        order, size = generator.permutation(self.n_train), self.config.batch_size
+        replayed = self.replay.deal(generator, self.steps_per_epoch) if self.replay else [[]] * self.steps_per_epoch
+        for step, more in enumerate(replayed):
+            yield order[step * size : (step + 1) * size].tolist() + more
 
     def _step(self, rows: list[int], stage: int) -> Loss:
         if self.config.schedule != "plateau" and stage == 1:
             self.optimiser.lr = self._scheduled_lr()
-        batch = self.potential.collate([self.train.graphs[i] for i in rows])
-        labels = self.train.labels(rows, self.potential)
-        prediction = self.potential.predict(
-            batch, stress=self.config.stress_weight > 0 and self.train.has_stress, training=True
-        )
-        energy_weight, forces_weight = stage_weights(self.config, stage)
-        loss = batch_loss(prediction, labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight)
-        gradients = torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
+        loss, gradients = self._gradients(rows, stage)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -271,6 +200,28 @@ class Trainer:
         self.optimiser.step()
         self.step += 1
         return loss
+
+    def _gradients(self, rows: list[int], stage: int) -> tuple[Loss, Sequence[Tensor | None]]:
+        """Loss of a batch and its gradient, from all processes."""
+        if self.team.size == 1:
+            loss = self._loss(rows, stage)
+            return loss, torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
+        part, gradients = None, cast(Sequence[Tensor | None], [None] * len(self.parameters))
+        if mine := self.team.mine(rows):
+            part = self._loss(mine, stage, self.train.label_counts(rows))
+            gradients = torch.autograd.grad(part.total, self.parameters, allow_unused=True)
+        return add_up(self.team, part, gradients, self.parameters)
+
+    def _loss(self, rows: list[int], stage: int, counts: LabelCounts | None = None) -> Loss:
+        batch = self.potential.collate([self.train.graphs[i] for i in rows])
+        labels = self.train.labels(rows, self.potential)
+        prediction = self.potential.predict(
+            batch, stress=self.config.stress_weight > 0 and self.train.has_stress, training=True
+        )
+        energy_weight, forces_weight = stage_weights(self.config, stage)
+        return batch_loss(
+            prediction, labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight, counts=counts
+        )
 
     def _scheduled_lr(self) -> float:
         warmup = max(1, self.config.warmup_steps)
@@ -293,8 +244,11 @@ class Trainer:
         )
 
     def _validate(self, stage: int) -> Errors:
+        # Processes that have come apart would go on adding up gradients of different weights, unnoticed.
+        now = {f"the weights after epoch {self.epoch}": hash_of(self.parameters)}
+        check_agreement(self.team, now, "use processors and package versions of one kind, and --resume")
         with self.optimiser.averaged():
-            errors = measure(self.potential, self.valid, self.config, stage=stage)
+            errors = measure(self.potential, self.valid, self.config, stage=stage, team=self.team)
         if self.config.schedule == "plateau" and stage == 1:
             self.plateau.step(errors.loss)
         # Losses of the two stages are weighted differently and cannot be compared: the second starts afresh.
@@ -308,7 +262,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state to the checkpoint, by way of a temporary file."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.team.leads:
             return
         best = self.best
         state: dict[str, Any] = {
@@ -332,10 +286,12 @@ class Trainer:
         Raises:
             TrainingError: it cannot be read, or belongs to another run.
         """
-        if self.checkpoint is None or not self.checkpoint.exists():
+        path = self.checkpoint
+        content = self.team.from_first(lambda: path.read_bytes() if path is not None and path.exists() else None)
+        if content is None:
             return False
         try:
-            state = torch.load(self.checkpoint, map_location=self.potential.device, weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location=self.potential.device, weights_only=True)
             identity = state["identity"]
         except Exception as problem:
             raise TrainingError(
@@ -374,3 +330,6 @@ def hash_of(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+__all__ = ["Errors", "Progress", "ProgressEvent", "Samples", "Trainer", "hash_of", "measure", "stage_weights"]
