@@ -36,3 +36,7 @@ class DynamicsError(MMEAError):
 
 class TrajectoryError(MMEAError):
     """A trajectory cannot be read or written."""
+
+
+class LammpsError(MMEAError):
+    """LAMMPS cannot be started or driven, or a potential cannot be given to it."""
