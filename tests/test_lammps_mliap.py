@@ -6,7 +6,6 @@ import pickle
 import pickletools
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,67 +22,28 @@ from ase import Atoms
 from ase.build import molecule
 from ase.stress import voigt_6_to_full_3x3_stress
 from mliap_double import KokkosData, PlainData, Results, decompose, elements_of, evaluate
+from small_adapter import ENERGIES, adapter, backbone_path, box, calculator, folder, trained
 from torch import nn
 from typer.testing import CliRunner
 
-from conftest import ELEMENTS, batch_of, crystal, ethanol, network_config, random_network, randomise, run
-from mmea_calc import AdapterConfig, MMEACalculator, attach, load_backbone
-from mmea_calc.adapter_file import AdapterFile, write_adapter
-from mmea_calc.backbone import Backbone, save_backbone
+from conftest import ELEMENTS, crystal, ethanol, random_network
+from mmea_calc import AdapterConfig
+from mmea_calc.adapter_file import AdapterFile
+from mmea_calc.backbone import Backbone
 from mmea_calc.errors import AdapterFileError, BackboneError, LammpsError
 from mmea_calc.fast_path import use_fast_path
 from mmea_calc.lammps import MLIAPPotential, export_mliap, read_mliap
 from mmea_calc.lammps.export import FORMAT, restore
 from mmea_cli.main import app
 
-ENERGIES = {1: -13.6, 6: -1029.123456789012, 8: -2041.75}
 CHARGED: dict[str, Any] = {
     "embedding_specs": {"total_charge": {"type": "continuous", "emb_dim": 4, "per": "graph", "in_dim": 1}}
 }
 
 
-def trained(backbone: Backbone, method: str = "mmea", name: str = "") -> AdapterFile:
-    """An adapter with random values that has seen a stretched molecule: gates level off, radial functions fade."""
-    handle = attach(backbone.network, AdapterConfig(method=method, gate_rank=2, low_rank=2))
-    randomise(handle, std=0.05)
-    seen = ethanol()
-    seen.positions *= 1.1
-    with handle.recording():
-        run(backbone.network, batch_of(seen, head=backbone.head_index))
-    tensors = handle.state_dict()
-    handle.detach()
-    return AdapterFile(
-        handle.config,
-        tensors,
-        name or backbone.name,
-        backbone.fingerprint,
-        head=backbone.head,
-        elements=(1, 6, 8),
-        reference_energies=ENERGIES,
-    )
-
-
-@cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="mmea-tests-"))
-
-
-@cache
-def backbone_path() -> Path:
-    path = _folder() / "tiny.safetensors"
-    save_backbone(path, network_config(), random_network().state_dict())
-    return path
-
-
-@cache
-def adapter() -> Path:
-    file = trained(load_backbone(backbone_path(), dtype="float64"), name=str(backbone_path()))
-    return write_adapter(_folder() / "tiny.adapter", file)
-
-
 @cache
 def exported() -> Path:
-    return export_mliap(adapter(), _folder() / "tiny.pt", dtype="float64").path
+    return export_mliap(adapter(), folder() / "tiny.pt", dtype="float64").path
 
 
 @cache
@@ -94,11 +54,6 @@ def _opened(copy: int) -> MLIAPPotential:
 def potentials(n: int) -> list[MLIAPPotential]:
     """One for each process, as each LAMMPS process opens the file."""
     return [_opened(copy) for copy in range(n)]
-
-
-@cache
-def calculator() -> MMEACalculator:
-    return MMEACalculator(adapter(), device="cpu", dtype="float64")
 
 
 @contextmanager
@@ -116,15 +71,6 @@ def in_memory(shape: str, method: str | None = "mmea", head: str = "Default") ->
             yield potential
         finally:
             potential.potential.use(None)
-
-
-def box() -> Atoms:
-    """Two molecules in a sheared periodic cell, parts of them across its faces."""
-    atoms = ethanol() + ethanol()
-    atoms.positions[9:] += [0.3, 3.5, 0.2]
-    atoms.set_cell([[7.0, 0, 0], [1.0, 7.5, 0], [0.5, -0.5, 6.5]])
-    atoms.pbc = True
-    return atoms
 
 
 def assert_same(results: Results, atoms: Atoms, atol: float = 1e-10) -> None:
@@ -318,7 +264,7 @@ def test_torch_opens_the_file_as_lammps_does() -> None:
         "from mmea_calc.lammps import allow_loading; allow_loading()\n"
         f"print(torch.load({str(exported())!r}).element_types)\n"  # LAMMPS before
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=_folder())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder())
     assert done.stdout == "['H', 'C', 'O'] 1 1 2.0\n['H', 'C', 'O']\n", done.stderr
 
 

