@@ -337,15 +337,27 @@ def test_starting_lammps_changes_nothing_of_the_process() -> None:
 
 
 @needs_lammps
-def test_the_example_compares_lammps_with_ase(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_long_example_compares_lammps_with_ase(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     start = tmp_path / "start.xyz"
     box().write(start)
-    before = sys.argv
-    sys.argv = ["lammps_nvt.py", str(adapter()), "--start", str(start), "--steps", "40", "--every", "10"]
-    try:
-        runpy.run_path(str(ROOT / "examples" / "md" / "lammps_nvt.py"), run_name="__main__")
-    finally:
-        sys.argv = before
+    options = ["--start", str(start), "--steps", "40", "--every", "10"]
+    monkeypatch.setattr(sys, "argv", ["compare_with_ase.py", str(adapter()), *options])
+    runpy.run_path(str(ROOT / "examples" / "lammps" / "compare_with_ase.py"), run_name="__main__")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["1", "10", "20", "30", "40"]
     assert float(rows[0][1]) < 1e-8
+
+
+@needs_lammps
+def test_the_short_example_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["nvt.py", str(adapter()), "start.xyz", "--time", "0.02"])
+    ethanol().write("start.xyz")
+    runpy.run_path(str(ROOT / "examples" / "lammps" / "nvt.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0.020 ps: ")
+    assert Path("nvt.lammpstrj").read_text().count("ITEM: TIMESTEP") == 3
+    assert Path("last.xyz").is_file()

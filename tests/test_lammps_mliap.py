@@ -258,11 +258,11 @@ def test_the_file_names_one_function_of_this_package_and_torchs_tensors() -> Non
 def test_torch_opens_the_file_as_lammps_does() -> None:
     script = (
         "import torch\n"
-        f"unified = torch.load({str(exported())!r}, weights_only=False)\n"  # LAMMPS since summer 2025
+        f"unified = torch.load({str(exported())!r}, weights_only=False)\n"  # newer LAMMPS
         "unified.interface = object()\n"
         "print(unified.element_types, unified.ndescriptors, unified.nparams, unified.rcutfac)\n"
         "from mmea_calc.lammps import allow_loading; allow_loading()\n"
-        f"print(torch.load({str(exported())!r}).element_types)\n"  # LAMMPS before
+        f"print(torch.load({str(exported())!r}).element_types)\n"  # older LAMMPS
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder())
     assert done.stdout == "['H', 'C', 'O'] 1 1 2.0\n['H', 'C', 'O']\n", done.stderr

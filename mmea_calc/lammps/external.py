@@ -197,7 +197,7 @@ def start_lammps(
         lmp.commands_list(_setting_up(atoms, prism, x, kinds[1], timestep_fs))
         # LAMMPS would bring atoms into the box by itself, and forget where they came from.
         images = np.where(atoms.pbc, np.floor(x @ np.linalg.inv(prism.cell)), 0.0)
-        x = np.where(images.any(axis=1)[:, None], x - images @ prism.cell, x)
+        x = np.where(images.any(axis=1, keepdims=True), x - images @ prism.cell, x)
         flags = [lmp.encode_image_flags(*image) for image in images.astype(int).tolist()]
         ids = list(range(1, len(atoms) + 1))
         made = lmp.create_atoms(len(atoms), ids, types.tolist(), x.ravel(), v.ravel(), flags)

