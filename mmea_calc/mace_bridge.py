@@ -331,11 +331,6 @@ def _value_config(network: Any) -> dict[str, Any]:
 # --- what a module is -----------------------------------------------------------------------------------------------
 
 
-def is_mace(module: object) -> bool:
-    """Whether this is a network of one of mace's classes."""
-    return _is_instance(module, "mace.modules.models", "MACE")
-
-
 def is_contraction(module: object) -> bool:
     """Whether this is one irrep's part of a symmetric contraction: coupling tensors U and weights per element."""
     return _is_instance(module, "mace.modules.symmetric_contraction", "Contraction")
@@ -378,7 +373,7 @@ def element_layers(network: nn.Module) -> list[str]:
     The first takes the one-hot `node_attrs`, a later one what the one before gives. Where charge or spin are embedded,
     they are added in between. Empty for any other network.
     """
-    if not is_mace(network):
+    if not _is_instance(network, "mace.modules.models", "MACE"):
         return []
     embedding = ["node_embedding.linear"]
     return embedding if hasattr(network, "joint_embedding") else [*embedding, "interactions.0.linear_up"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._e3nn import o3
 from .errors import BackboneError
-from .mace_bridge import is_contraction, is_mace, is_untrained
+from .mace_bridge import is_contraction, is_untrained, mace_modules
 
 
 def mark_untrained(network: nn.Module) -> None:
@@ -94,7 +94,7 @@ def restore_plain(network: nn.Module) -> None:
 
 def reason_no_domains(network: nn.Module) -> str | None:
     """Why the atoms of this network cannot be spread over domains; None if they can."""
-    if not is_mace(network):
+    if not isinstance(network, mace_modules().MACE):
         return f"a network of class {type(network).__name__} is not mace's"
     if hasattr(network, "joint_embedding"):
         return "it embeds total charge or spin, and mace-torch 0.3 does not do that for the atoms of other domains"

@@ -73,7 +73,7 @@ def test_without_thermostat_every_step_is_that_of_ase(structure: Any, in_ase: An
             run.run(4)
             verlet.run(4)
             ours = run.structure()
-            # LAMMPS's constants differ from ASE's in the eighth digit.
+            # LAMMPS's unit of mass differs from ASE's by 6e-8.
             np.testing.assert_allclose(ours.positions, theirs.positions, rtol=0, atol=1e-8)
             np.testing.assert_allclose(ours.get_velocities(), theirs.get_velocities(), rtol=0, atol=1e-7)
     assert np.abs(ours.positions - atoms.positions).max() > 0.02
@@ -342,7 +342,7 @@ def test_the_long_example_compares_lammps_with_ase(
 ) -> None:
     start = tmp_path / "start.xyz"
     box().write(start)
-    options = ["--start", str(start), "--steps", "40", "--every", "10"]
+    options = ["--start", str(start), "--steps", "40", "--every", "10", "--relax", "2"]
     monkeypatch.setattr(sys, "argv", ["compare_with_ase.py", str(adapter()), *options])
     runpy.run_path(str(ROOT / "examples" / "lammps" / "compare_with_ase.py"), run_name="__main__")
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]

