@@ -16,6 +16,7 @@ from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
 from ase.md.nose_hoover_chain import NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
@@ -294,6 +295,10 @@ def test_what_lammps_refuses_is_named() -> None:
         run.run(0)
     with pytest.raises(LammpsError, match="no atoms"):
         start_lammps(Atoms(), calculator())
+    fixed = ethanol()
+    fixed.set_constraint(FixAtoms([0]))
+    with pytest.raises(LammpsError, match="FixAtoms"):
+        start_lammps(fixed, calculator())
     with pytest.raises(LammpsError, match="timestep_fs must be positive, got 0"):
         start_lammps(ethanol(), calculator(), timestep_fs=0)
 

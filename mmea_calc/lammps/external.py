@@ -180,10 +180,13 @@ def start_lammps(
     A cell that LAMMPS would have turned is turned here, and `LammpsRun.structure` turns everything back.
 
     Raises:
-        LammpsError: LAMMPS is not installed, or refuses the structure.
+        LammpsError: LAMMPS is not installed, or refuses the structure; a structure without atoms or with constraints.
     """
     if len(atoms) == 0:
         raise LammpsError("the structure has no atoms; expected at least one")
+    if atoms.constraints:
+        named = ", ".join(sorted({type(c).__name__ for c in atoms.constraints}))
+        raise LammpsError(f"LAMMPS would not know of the constraints {named}: remove them, and use its own fixes")
     if not 0 < timestep_fs < np.inf:
         raise LammpsError(f"timestep_fs must be positive, got {timestep_fs}")
     kinds, types = np.unique(np.stack([atoms.numbers, atoms.get_masses()]), axis=1, return_inverse=True)
@@ -204,7 +207,6 @@ def start_lammps(
         if made != len(atoms):
             raise LammpsError(f"LAMMPS took {made} of {len(atoms)} atoms: are there any that are not finite?")
         run = LammpsRun(lmp, calculator, symbols)
-        run.command("thermo_modify lost error")
     except Exception as problem:
         lmp.close()
         if isinstance(problem, LammpsError):
