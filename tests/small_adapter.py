@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -39,7 +41,9 @@ def trained(backbone: Backbone, method: str = "mmea", name: str = "") -> Adapter
 
 @cache
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="mmea-tests-"))
+    path = Path(tempfile.mkdtemp(prefix="mmea-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 @cache
