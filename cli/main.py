@@ -21,6 +21,7 @@ from .compare import compare
 from .convert import convert
 from .evaluate import evaluate
 from .explain import leave
+from .export import app as export_app
 from .finetune import finetune
 from .fold import fold
 from .info import info
@@ -65,6 +66,7 @@ app.command()(analyse)
 app.command(cls=several_values({"--methods": any_word, "--seeds": is_number}))(compare)
 app.command(cls=several_values({"--methods": any_word, "--seeds": is_number, "--molecules": any_word}))(benchmark)
 app.add_typer(backbone_app, name="backbone")
+app.add_typer(export_app, name="export")
 
 
 def _print_version(wanted: bool) -> None:

@@ -39,4 +39,4 @@ class TrajectoryError(MMEAError):
 
 
 class EngineError(MMEAError):
-    """Another simulation engine cannot be reached, or does not keep to its protocol."""
+    """Another simulation engine cannot be reached, started or driven, or does not keep to its protocol."""

@@ -72,7 +72,7 @@ _TRANSFORMS = {"AgnesiTransform": "Agnesi", "SoftTransform": "Soft"}
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a piece of mace-torch's code from printing, warning, or changing the process's environment."""
+    """Keep a piece of another package's code from printing, warning, or changing the process's environment."""
     with _LOCK:
         before = dict(os.environ)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._e3nn import o3
 from .errors import BackboneError
-from .mace_bridge import is_contraction, is_untrained
+from .mace_bridge import is_contraction, is_untrained, mace_modules
 
 
 def mark_untrained(network: nn.Module) -> None:
@@ -90,6 +90,53 @@ def restore_plain(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, o3.SphericalHarmonics):
             module.__dict__.pop("forward", None)
+
+
+def reason_no_domains(network: nn.Module) -> str | None:
+    """Why the atoms of this network cannot be spread over domains; None if they can."""
+    if not isinstance(network, mace_modules().MACE):
+        return f"a network of class {type(network).__name__} is not mace's"
+    if hasattr(network, "joint_embedding"):
+        return "it embeds total charge or spin, and mace-torch 0.3 does not do that for the atoms of other domains"
+    return None
+
+
+def domain_energies(
+    network: nn.Module,
+    vectors: Tensor,
+    node_attrs: Tensor,
+    edge_index: Tensor,
+    *,
+    n_local: int,
+    head_index: int,
+    exchange: Any,
+) -> Tensor:
+    """Energies of the atoms that one domain owns, with the features of other domains' atoms fetched between layers.
+
+    Args:
+        network: a MACE network (see `reason_no_domains`).
+        vectors: from sender to receiver, (n_edges, 3), A; gradients are switched on for it.
+        node_attrs: one-hot elements of the domain's own atoms, then of the ghosts, (n_atoms, n_elements).
+        edge_index: senders and receivers, (2, n_edges); receivers are own atoms.
+        n_local: number of own atoms.
+        head_index: head of the network.
+        exchange: `forward_exchange(source, target, width)` and `reverse_exchange(...)`, called once per layer but the
+            first: see `mmea_calc.lammps.mliap`.
+
+    Returns:
+        what the network adds to its E0 buffer, (n_local,), eV.
+    """
+    batch = torch.zeros(n_local, dtype=torch.int64, device=vectors.device)
+    data = {
+        "vectors": vectors,
+        "node_attrs": node_attrs,
+        "edge_index": edge_index,
+        "batch": batch,
+        "head": batch.new_full((1,), head_index),
+        "natoms": (n_local, len(node_attrs) - n_local),
+        "lammps_class": exchange,
+    }
+    return network(data, compute_force=False, lammps_mliap=True)["node_energy"]
 
 
 def _spherical_harmonics_forward(self: Any, x: Tensor) -> Tensor:

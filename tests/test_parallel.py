@@ -31,7 +31,8 @@ from mmea_calc.trainer import ProgressEvent, Trainer
 SCRIPT = Path(__file__).parent / "two_processes.py"
 # Shares of unlike sizes, with unlike labels (structures 0 to 2 lack energies, 3 and 4 forces), and of none at all.
 BATCHES = ([0, 3, 5], [1, 2, 6, 7, 3], [4], [3, 1], [0, 5, 1, 6])
-SHORT = replace(QUICK, epochs=4)
+# Not SOAP: its eigenbases are arbitrary where gradients have been zero, so that rounding decides where it goes.
+SHORT = replace(QUICK, epochs=4, optimizer="adamw")
 STEADY = {
     "mse": replace(QUICK, energy_weight=1000.0),
     "huber": replace(QUICK, energy_weight=1000.0, loss="huber", huber_delta=0.02),
