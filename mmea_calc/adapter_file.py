@@ -30,6 +30,7 @@ from .files import json_ready, replacing
 
 FORMAT = "mmea adapter"
 FORMAT_VERSION = 1
+EMBEDDED = Path(__file__).parent / "adapters"
 _KEY = "mmea"
 
 # version -> lifts a header of that version to the next one
@@ -139,14 +140,24 @@ def write_adapter(path: str | Path, adapter: AdapterFile) -> Path:
     return path
 
 
+def embedded_adapters() -> list[str]:
+    """Names of the adapters that come with the package; what each is for stands in `adapters/README.md`."""
+    return sorted(p.name for p in EMBEDDED.glob("*.adapter"))
+
+
 def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter; nothing in the file is executed.
+
+    Args:
+        path: a file, or where there is none of that name, one of `embedded_adapters`.
 
     Raises:
         AdapterFileError: no such file; not an adapter, truncated or damaged; of a newer format; values that are not
             finite.
     """
     path = Path(path)
+    if not path.exists() and str(path) in embedded_adapters():
+        path = EMBEDDED / path
     header, tensors = _read(path)
     try:
         return _from_header(path, header, tensors)
@@ -166,7 +177,9 @@ def update_adapter(path: str | Path, **changes: Any) -> AdapterFile:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise AdapterFileError(f"{path}: no such adapter file")
+        raise AdapterFileError(
+            f"{path}: no such adapter file; adapters that come with mmea: {', '.join(embedded_adapters()) or 'none'}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 DEFAULT_BACKBONE = "mmea-organic-s"
-DEFAULT_STEPS = 600
 # One training of each method tells the order of large differences; a benchmark has three by default.
 COMPARE_SEEDS = (1,)
 
@@ -65,8 +64,8 @@ class TrainConfig:
     The defaults are the default recipe; `mmea_calc.recipes.RECIPES` holds the named alternatives.
 
     Attributes:
-        epochs: passes over the training set; 0 takes as many as make about `DEFAULT_STEPS` optimisation steps, at
-            least 20 and at most 300.
+        epochs: passes over the training set; 0 takes as many as make about `steps`, at least 20 and at most 300.
+        steps: optimisation steps that `epochs` 0 stands for.
         batch_size: structures per optimisation step.
         replay: structures of other molecules that every epoch adds, labelled by the model that training starts from,
             so that it is not forgotten; they are spread over the batches, which grow by them.
@@ -99,6 +98,7 @@ class TrainConfig:
     """
 
     epochs: int = 0
+    steps: int = 600
     batch_size: int = 5
     replay: int = 0
     lr: float = 0.005
@@ -133,7 +133,7 @@ class TrainConfig:
         if self.epochs:
             return self
         steps_per_epoch = math.ceil(n_structures / self.batch_size)
-        return replace(self, epochs=min(300, max(20, round(DEFAULT_STEPS / steps_per_epoch))))
+        return replace(self, epochs=min(300, max(20, round(self.steps / steps_per_epoch))))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def finetune(
     *,
     valid: Dataset | None = None,
     test: Dataset | None = None,
-    backbone: str | Path | Backbone = DEFAULT_BACKBONE,
+    backbone: str | Path | Backbone | None = None,
     head: str | None = None,
     adapter: AdapterConfig | None = None,
     init: str | Path | AdapterFile | None = None,
@@ -97,7 +97,8 @@ def finetune(
         output: the adapter file.
         valid: structures that choose the best weights.
         test: structures that are only measured, before and after.
-        backbone: name, path, or a loaded backbone, which is given back as it was.
+        backbone: name, path, or a loaded backbone, which is given back as it was; if not given, that of `init`, or
+            the default one.
         head: head of the backbone.
         adapter: what is attached; with `init`, that file's own settings if not given.
         init: an adapter of the same backbone to start from. Its reference energies are the start of corrections, and
@@ -126,6 +127,7 @@ def finetune(
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
     if team.leads:
         _check_writable(output, run_dir)
+    backbone = backbone or (start.backbone if start is not None else DEFAULT_BACKBONE)
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, head=head, device=training.device, dtype=training.dtype)
     if start is not None:
@@ -176,7 +178,7 @@ def _check_settings(training: TrainConfig, team: Team) -> None:
             f"a batch of {training.batch_size} structures leaves some of {team.size} processes without work: give "
             f"--batch-size at least {team.size}, or start fewer processes"
         )
-    for name, least in (("epochs", 0), ("batch_size", 1), ("replay", 0), ("lr", 1e-12), ("clip_norm", 1e-12)):
+    for name, least in (("epochs", 0), ("steps", 1), ("batch_size", 1), ("replay", 0), ("lr", 1e-12), ("clip_norm", 1e-12)):
         if getattr(training, name) < least:
             raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
     if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
