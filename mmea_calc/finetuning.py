@@ -178,7 +178,8 @@ def _check_settings(training: TrainConfig, team: Team) -> None:
             f"a batch of {training.batch_size} structures leaves some of {team.size} processes without work: give "
             f"--batch-size at least {team.size}, or start fewer processes"
         )
-    for name, least in (("epochs", 0), ("steps", 1), ("batch_size", 1), ("replay", 0), ("lr", 1e-12), ("clip_norm", 1e-12)):
+    least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "lr": 1e-12, "clip_norm": 1e-12}
+    for name, least in least_of.items():
         if getattr(training, name) < least:
             raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
     if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
