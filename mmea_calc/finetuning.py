@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from .data import split
 from .dataset import Dataset
 from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
-from .optimiser import check_optimiser
+from .finetune_checks import check_settings, check_writable
 from .parallel import merge_ranges, total_energies
 from .potential import Potential
 from .preflight import PreflightReport, preflight
@@ -122,11 +121,11 @@ def finetune(
     training = training or TrainConfig()
     start = read_adapter(init) if isinstance(init, str | Path) else init
     adapter = _form(adapter, start)
-    _check_settings(training, team)
+    check_settings(training, team)
     output = Path(output)
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
     if team.leads:
-        _check_writable(output, run_dir)
+        check_writable(output, run_dir)
     backbone = backbone or (start.backbone if start is not None else DEFAULT_BACKBONE)
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, head=head, device=training.device, dtype=training.dtype)
@@ -170,35 +169,6 @@ def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterCo
                 "leave these settings out"
             )
     return replace(start.config, seed=adapter.seed if adapter else start.config.seed)
-
-
-def _check_settings(training: TrainConfig, team: Team) -> None:
-    if training.batch_size < team.size:
-        raise TrainingError(
-            f"a batch of {training.batch_size} structures leaves some of {team.size} processes without work: give "
-            f"--batch-size at least {team.size}, or start fewer processes"
-        )
-    least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "lr": 1e-12, "clip_norm": 1e-12}
-    for name, least in least_of.items():
-        if getattr(training, name) < least:
-            raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
-    if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
-        raise TrainingError("the weights of the loss must not be negative")
-    if not 0 <= training.ema_decay < 1:
-        raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
-    check_optimiser(training)
-
-
-def _check_writable(output: Path, run_dir: Path) -> None:
-    """Better known now than after an hour of training."""
-    if output.is_dir():
-        raise TrainingError(f"{output} is a folder; expected the name of an adapter file to write")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise TrainingError(f"{run_dir} is a file; expected the name of a run folder")
-    for target in (output.parent, run_dir):
-        existing = next(p for p in (target, *target.absolute().parents) if p.exists())
-        if not os.access(existing, os.W_OK):
-            raise TrainingError(f"{existing} cannot be written to: choose another place with --output")
 
 
 def _reference_energies(

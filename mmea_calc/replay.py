@@ -66,12 +66,11 @@ def replay_structures(
             "with the package; leave --replay out"
         )
     sizes = [len(atoms) for _, atoms in molecules]
-    labels: tuple[FloatArray, FloatArray] | None = None
-    if team.leads:
-        labels = _read(kept, sizes) if resume and kept.exists() else _made(potential, [a for _, a in molecules], kept)
-    labels = team.gather(labels)[0]
-    assert labels is not None
-    energies, forces = labels
+
+    def labels() -> tuple[FloatArray, FloatArray]:
+        return _read(kept, sizes) if resume and kept.exists() else _made(potential, [a for _, a in molecules], kept)
+
+    energies, forces = team.from_first(labels)
     of_each = np.split(forces, np.cumsum(sizes)[:-1])
     return tuple(
         Labelled(atoms, energy=float(energy), forces=force, config_type="replay", index=i, source=MOLECULES)
