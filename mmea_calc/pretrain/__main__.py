@@ -12,7 +12,7 @@ from ..errors import MMEAError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The three commands and their options."""
+    """The commands and their options."""
     from .train import PretrainConfig
 
     defaults = PretrainConfig()
@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", type=Path, required=True)
     pack.add_argument("--e0", type=Path, default=None, help="energies of isolated atoms (default: RAW/e0.json)")
     pack.add_argument("--valid-fraction", type=float, default=0.1)
+
+    unpack = commands.add_parser("unpack", help="a packed set -> train.xyz (with isolated atoms) and valid.xyz")
+    unpack.add_argument("data", type=Path, help="folder with train-*.npz, valid.npz and e0.json")
+    unpack.add_argument("--out", type=Path, required=True)
 
     train = commands.add_parser("train", help="one stage of training; time-boxed and resumable")
     train.add_argument(
@@ -61,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             settings = PretrainConfig(**{f.name: options.pop(f.name) for f in fields(PretrainConfig)})
             print(pretrain(settings=settings, progress=lambda line: print(line, flush=True), **options))
+        elif command == "unpack":
+            from .unpack import unpack
+
+            for name, count in unpack(options["data"], out=options["out"]).items():
+                print(f"{name}: {count} structures")
         else:
             from . import label
 
