@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ase.io import read
+from ase.io import iread
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmea_calc import AdapterConfig, attach  # before e3nn: it lets torch's safe loading pass e3nn's own constants
-from mmea_calc.graph import Graph, build_graph
 from mmea_calc.md import open_potential
 
 DATA = Path(__file__).resolve().parent / "data/aspirin"
@@ -40,25 +39,24 @@ class Labelled:
     forces: Tensor
 
 
-def read_labelled(path: Path) -> tuple[Labelled, list[Graph]]:
-    structures = read(path, ":")
+def read_labelled(path: Path) -> Labelled:
+    structures = list(iread(path))
     forces = torch.stack([torch.tensor(a.arrays["REF_forces"]) for a in structures])
     energies = torch.tensor([a.info["REF_energy"] for a in structures], dtype=torch.float64)
     positions = torch.stack([torch.tensor(a.positions) for a in structures])
-    return Labelled(torch.tensor(structures[0].numbers), positions, energies, forces), [
-        build_graph(a, 5.0) for a in structures
-    ]
+    return Labelled(torch.tensor(structures[0].numbers), positions, energies, forces)
 
 
 def simple_network() -> nn.Module:
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn's TorchScript annotations
         from e3nn.nn.models.v2106.gate_points_networks import SimpleNetwork
-    torch.manual_seed(0)
-    return SimpleNetwork(
-        irreps_in=f"{len(ELEMENTS)}x0e", irreps_out="0e", max_radius=CUTOFF, num_neighbors=14.0, num_nodes=1.0,
-        mul=12, layers=2, lmax=1,
-    )  # fmt: skip
+
+        return SimpleNetwork(
+            irreps_in=f"{len(ELEMENTS)}x0e", irreps_out="0e", max_radius=CUTOFF, num_neighbors=14.0, num_nodes=1.0,
+            mul=12, layers=2, lmax=1,
+        )  # fmt: skip
 
 
 def predict(network: nn.Module, data: Labelled, which: Tensor, mean: Tensor, train: bool) -> tuple[Tensor, Tensor]:
@@ -104,10 +102,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("simple_network.safetensors"))
     options = parser.parse_args()
 
-    dft, graphs = read_labelled(DATA / "train.xyz")
-    test, _ = read_labelled(DATA / "test.xyz")
-    energies, forces = open_potential("mmea-organic-s", device="cpu").predict_graphs(graphs, batch_size=25)
-    cheap = Labelled(dft.numbers, dft.positions, energies, torch.as_tensor(forces).view_as(dft.forces))
+    dft, test = read_labelled(DATA / "train.xyz"), read_labelled(DATA / "test.xyz")
+    potential = open_potential("mmea-organic-s", device="cpu")
+    energies, forces = potential.predict_graphs([potential.graph(a) for a in iread(DATA / "train.xyz")], batch_size=25)
+    cheap = Labelled(dft.numbers, dft.positions, torch.as_tensor(energies), torch.stack(list(forces)).cpu().double())
 
     network, start = simple_network(), time.perf_counter()
     train(network, network.parameters(), cheap, options.backbone_steps, lr=5e-3)

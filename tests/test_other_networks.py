@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,3 +390,21 @@ def test_linear_layers_of_cuequivariance_are_refused_by_name() -> None:
     for method in ("mmea", "gates", "elora"):
         with pytest.raises(AdapterError, match="lin: a layer of cuEquivariance: convert the network back to e3nn's"):
             attach(layers, AdapterConfig(method=method))
+
+
+def test_the_loop_of_the_example_trains_energies_and_forces() -> None:
+    example = runpy.run_path(str(conftest.ROOT / "examples/other_network.py"))
+    network = built(example["simple_network"]).float()
+    data = example["read_labelled"](example["DATA"] / "test.xyz")
+    few = type(data)(data.numbers, data.positions[:3], data.energies[:3], data.forces[:3])
+    mean, which = few.energies.mean(), torch.arange(3)
+
+    def error() -> Tensor:
+        return (example["predict"](network, few, which, mean, train=False)[1] - few.forces).square().mean()
+
+    before = error()
+    adapter = attach(network, AdapterConfig(**SMALL))
+    assert torch.equal(example["train"](network, adapter.parameters(), few, steps=4, lr=5e-3), mean)
+    assert error() < before
+    adapter.detach()
+    torch.testing.assert_close(error(), before)
