@@ -6,10 +6,10 @@
         network(batch)                # the backbone, bit for bit
     adapter.detach()
 
-Gates (and the bottlenecks of the baseline that is not equivariant) are forward hooks on the network's own `o3.Linear`
-layers, and so is the fade of radial functions at short distances; weight updates are parametrizations
-(`torch.nn.utils.parametrize`). All live inside the given network and nowhere else, move with it (`.to`), and leave
-nothing behind when detached.
+Gates (and the bottlenecks of the baseline that is not equivariant) are forward hooks on the network's own linear
+layers (`methods.linear_layers`), and so is the fade of radial functions at short distances; weight updates are
+parametrizations (`torch.nn.utils.parametrize`). All live inside the given network and nowhere else, move with it
+(`.to`), and leave nothing behind when detached.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from .config import AdapterConfig
 from .element_tables import ElementTables
 from .errors import AdapterError
 from .frozen_gates import FrozenGate
-from .gates import MagnitudeGate
+from .gates import MagnitudeGate, reason_not_adaptable
 from .mace_bridge import element_layers, is_radial_embedding
-from .methods import METHODS, LinearPart, Method, Site, find_sites, method_named
+from .methods import METHODS, LinearPart, Method, Site, find_sites, linear_layers, method_named
+from .other_networks import compiled_modules, foreign_layers, listed
 from .short_range import ShortRange
 from .updated_weights import UpdatedWeights
 from .updates import ParameterGroup, Replacement, Update
@@ -70,8 +71,8 @@ def attach(network: nn.Module, config: AdapterConfig | None = None, *, start: bo
     (`Method.identity`).
 
     Args:
-        network: any network made of `o3.Linear`, `o3.FullyConnectedTensorProduct`, `e3nn.nn.FullyConnectedNet`
-            and mace's symmetric contraction; other modules stay as they are.
+        network: any network made of `o3.Linear`, `o3.FullyConnectedTensorProduct`, `e3nn.nn.FullyConnectedNet`,
+            NequIP's MLPs of scalars and mace's symmetric contraction; other modules stay as they are.
         config: what to attach.
         start: False if values are loaded at once: a method that starts from a network of its own then builds none.
 
@@ -81,18 +82,20 @@ def attach(network: nn.Module, config: AdapterConfig | None = None, *, start: bo
     Raises:
         BackboneError: the method needs a fresh network of this shape, and none can be built.
         AdapterError: an unknown method, an unusable setting, a target that matches no module, a network that is
-            scripted or has an adapter already, or no module to adapt. Nothing has been changed then.
+            scripted or compiled or has an adapter already, layers of another make than e3nn's (cuEquivariance's, say)
+            among those to adapt, or no module to adapt. Nothing has been changed then.
     """
     config = config or AdapterConfig()
     method = _checked(network, config)
     wanted = _selector(method, config)
+    _check_make(network, method, wanted)
     sites = [s for s in find_sites(network) if s.kind in method.updates and wanted(s.name)]
     linears, skipped = _linear_layers(network, method, config, wanted)
     _check_targets(config, [*(s.name for s in sites), *linears, *skipped])
     if not sites and not linears:
-        reasons = "".join(f"; {name or 'the network itself'}: {reason}" for name, reason in skipped.items())
         targets = f" matching {list(config.targets)}" if config.targets else ""
-        raise AdapterError(f"method {config.method!r} finds no module to adapt{targets}{reasons}")
+        named = f" among {list(method.only)}" if method.only != ("*",) else ""
+        raise AdapterError(f"method {config.method!r} finds no module to adapt{named}{targets}{listed(skipped)}")
 
     fresh = method.start(network, config.seed) if start and method.start is not None else {}
     generator = torch.Generator().manual_seed(config.seed)
@@ -122,12 +125,18 @@ def _checked(network: nn.Module, config: AdapterConfig) -> Method:
         raise AdapterError(f"init_std must be finite and not negative, got {config.init_std}")
     if not math.isfinite(config.alpha):
         raise AdapterError(f"alpha must be finite, got {config.alpha}")
-    # e3nn compiles parts of its eager layers; those hold no weights.
-    if any(isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()) for m in network.modules()):
-        raise AdapterError("a scripted (TorchScript) network cannot be adapted: load the eager network instead")
+    if compiled := compiled_modules(network):
+        raise AdapterError(f"a compiled network cannot be adapted{listed(compiled)}")
     if attached(network) or any(parametrize.is_parametrized(m) or hasattr(m, _PART) for m in network.modules()):
         raise AdapterError("this network has an adapter (or another parametrization) already: detach it first")
     return method
+
+
+def _check_make(network: nn.Module, method: Method, wanted: Callable[[str], bool]) -> None:
+    if "other" in method.updates:  # these take any tensor, whatever it belongs to
+        return
+    if foreign := {name: reason for name, reason in foreign_layers(network).items() if wanted(name)}:
+        raise AdapterError(f"some layers of this network are not e3nn's and cannot be adapted{listed(foreign)}")
 
 
 def _check_targets(config: AdapterConfig, names: Iterable[str]) -> None:
@@ -156,14 +165,17 @@ def _linear_layers(
     """The linear layers whose output the method changes, and those that it would but cannot, with the reason."""
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    if method.gates is None:
-        return found, skipped
-    for name, module in network.named_modules():
-        if isinstance(module, o3.Linear) and wanted(name):
-            if reason := method.gates.reason_not(module, config):
+    updated = "linear" in method.updates and "other" not in method.updates  # those that take any tensor skip none
+    for name, module in linear_layers(network):
+        if not wanted(name):
+            continue
+        if method.gates is None:
+            if updated and (reason := reason_not_adaptable(module)):
                 skipped[name] = reason
-            else:
-                found[name] = module
+        elif reason := method.gates.reason_not(module, config):
+            skipped[name] = reason
+        else:
+            found[name] = module
     return found, skipped
 
 
@@ -501,6 +513,8 @@ def _apply_part(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     part = getattr(linear, _PART)
     if not part.active:
         return output
+    if not inputs:
+        raise AdapterError(f"an adapted {type(linear).__name__} layer must be given its features by place, not by name")
     return linear.__dict__.get(_FROZEN, part)(inputs[0], output)
 
 

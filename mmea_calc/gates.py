@@ -58,23 +58,30 @@ MARGIN = 0.25
 MIN_RANGE_WIDTH = 1e-3
 
 
+def input_irreps(linear: Any) -> o3.Irreps:
+    """Irreps of the features that a layer maps: its input, or the first of the two inputs of a tensor product."""
+    return linear.irreps_in1 if isinstance(linear, o3.TensorProduct) else linear.irreps_in
+
+
 def reason_not_adaptable(linear: Any) -> str | None:
-    """Why nothing can act on the output of the `o3.Linear` layer `linear`; None if something can."""
+    """Why nothing can act on the output of the layer `linear`; None if something can."""
     if not linear.internal_weights:
         return "it has no weights of its own"
     if linear.weight.dim() != 1:
         return "it maps several features at once (f_in, f_out)"
     if linear.irreps_out.dim == 0:
         return "its output is empty"
+    if not linear.weight.numel():
+        return "none of its inputs leads to an output, so that it has no weights"
     return None
 
 
 def reason_not_gatable(linear: Any, *, shift: bool = True, gains: Gains = "channel") -> str | None:
-    """Why the `o3.Linear` layer `linear` cannot carry a gate with these heads; None if it can."""
+    """Why the layer `linear` cannot carry a gate with these heads; None if it can."""
     if reason := reason_not_adaptable(linear):
         return reason
-    if not _even_scalars(linear.irreps_in):
-        return f"its input {linear.irreps_in} has no even scalar (0e) for the gate to see"
+    if not _even_scalars(input_irreps(linear)):
+        return f"its input {input_irreps(linear)} has no even scalar (0e) for the gate to see"
     if all(run.kind == "none" for run in _output_runs(linear.irreps_out, shift, gains)[0]):
         return f"its output {linear.irreps_out} has nothing that a gate with shift={shift}, gains={gains!r} acts on"
     return None
@@ -93,10 +100,11 @@ def _even_scalars(irreps: o3.Irreps) -> list[slice]:
 
 
 class MagnitudeGate(nn.Module):
-    """Gate of one `o3.Linear`; the identity at the start when `init_std` is 0.
+    """Gate of one linear layer; the identity at the start when `init_std` is 0.
 
     Args:
-        linear: the gated `o3.Linear`; it is read for its irreps, never changed or kept.
+        linear: the gated `o3.Linear`, or an `o3.TensorProduct` with weights of its own, whose first input is x then; it
+            is read for its irreps, never changed or kept.
         rank: width r of the bottleneck.
         phi: "exp" or "residual".
         saturate: level z off outside the range given to `set_range`.
@@ -136,7 +144,7 @@ class MagnitudeGate(nn.Module):
         if reason := reason_not_gatable(linear, shift=shift, gains=gains):
             raise ValueError(f"this layer cannot be gated: {reason}")
         self.rank, self.phi, self.saturate, self.nonlinearity = rank, phi, saturate, nonlinearity
-        self.scalars = _even_scalars(linear.irreps_in)
+        self.scalars = _even_scalars(input_irreps(linear))
         self.runs, factor_of = _output_runs(linear.irreps_out, shift, gains)
         self.widths = {kind: [r.width for r in self.runs if r.kind == kind] for kind in ("shift", "gain")}
         m0 = sum(s.stop - s.start for s in self.scalars)

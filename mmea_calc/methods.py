@@ -6,7 +6,7 @@ A network is read as a list of sites, a site being one tensor (or one layer, for
 |---|---|
 | `linear` | `e3nn.o3.Linear` |
 | `tensor_product` | `e3nn.o3.TensorProduct` with weights of its own, such as `FullyConnectedTensorProduct` |
-| `radial_layer` | layers of `e3nn.nn.FullyConnectedNet` |
+| `radial_layer` | layers of `e3nn.nn.FullyConnectedNet` and of NequIP's MLPs of scalars |
 | `contraction_highest` | mace's symmetric contraction, highest correlation: (elements, paths, channels) |
 | `contraction_lower` | its lower correlations |
 | `radial_basis` | frequencies of mace's Bessel basis |
@@ -32,6 +32,7 @@ from .errors import AdapterError
 from .feature_bottleneck import FeatureBottleneck
 from .gates import MagnitudeGate, reason_not_adaptable, reason_not_gatable
 from .mace_bridge import contraction_order, fresh_tensors, is_bessel, is_contraction, is_untrained
+from .other_networks import dense_weights
 from .updates import Block, Dense, LowRank, Replacement, SoftThreshold, Update
 
 Kind = Literal[
@@ -108,7 +109,7 @@ LinearPart = MagnitudeGate | FeatureBottleneck
 
 @dataclass(frozen=True)
 class OnLinears:
-    """What acts on the output of `o3.Linear` layers.
+    """What acts on the output of linear layers (`linear_layers`).
 
     Attributes:
         make: (layer, config, generator) -> module that maps the layer's input and output to a new output.
@@ -148,7 +149,7 @@ class Method:
 
     Attributes:
         summary: one line for users.
-        gates: what it puts on every `o3.Linear`, if anything.
+        gates: what it puts on every linear layer (`linear_layers`), if anything.
         updates: kind of site -> update; kinds that are absent stay frozen.
         only: shell-style patterns of module names that the method is restricted to by nature.
         start: (network, seed) -> tensor path -> value that a `Replacement` starts from.
@@ -206,6 +207,18 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def linear_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """Name and module of the layers of `network` that gates sit on, in the order of its modules.
+
+    They are its `o3.Linear` layers. A network without any, such as those of `e3nn.nn.models.v2106`, mixes its channels
+    in fully connected products of features and attributes of the atom; these are its linear layers then.
+    """
+    for kind in (o3.Linear, o3.FullyConnectedTensorProduct):
+        if found := [(name, module) for name, module in network.named_modules() if isinstance(module, kind)]:
+            return found
+    return []
+
+
 def find_sites(network: nn.Module) -> list[Site]:
     """Every tensor of `network` that some method may change, in the order of its modules."""
     return list(_walk(network))
@@ -238,6 +251,10 @@ def _sites_of(name: str, module: nn.Module) -> Iterator[Site]:
         yield from _contraction_sites(name, module)
     elif is_bessel(module):
         yield Site(name, "radial_basis", module, "bessel_weights")
+    else:
+        for path, owner, tensor, weight in dense_weights(name, module):
+            n_in, n_out = weight.shape
+            yield Site(path, "radial_layer", owner, tensor, (Block((n_in,), n_out),))
 
 
 def _contraction_sites(name: str, contraction: Any) -> Iterator[Site]:
