@@ -20,8 +20,9 @@ def check_settings(training: TrainConfig, team: Team) -> None:
         )
     least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "lr": 1e-12, "clip_norm": 1e-12}
     for name, least in least_of.items():
-        if getattr(training, name) < least:
-            raise TrainingError(f"{name} must be at least {least}, got {getattr(training, name)}")
+        value = getattr(training, name)
+        if value is not None and value < least:
+            raise TrainingError(f"{name} must be at least {least}, got {value}")
     if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
         raise TrainingError("the weights of the loss must not be negative")
     if not 0 <= training.ema_decay < 1:

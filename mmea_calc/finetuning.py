@@ -19,6 +19,7 @@ import numpy as np
 
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile, read_adapter, write_adapter
+from .auto import AUTO, Decision, decide
 from .backbone import Backbone, load_backbone
 from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
 from .data import split
@@ -134,9 +135,13 @@ def finetune(
     report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
     if valid is None:
         train, valid = split(train, training.valid_fraction, training.seed)
-    training = training.for_structures(len(train))
     potential = Potential(backbone)
     samples = Samples(train, potential), Samples(valid, potential)
+    decision = None
+    if adapter.method == AUTO and start is None:
+        asked = training
+        training, decision = team.from_first(lambda: decide(potential, samples[0], asked))
+    training = training.for_structures(len(train))
     handle = attach(backbone.network, adapter, start=start is None)
     try:
         if start is not None:
@@ -151,6 +156,7 @@ def finetune(
         run = _Run(
             output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory, team
         )
+        run.decision = decision
         return run.go(resume, progress if team.leads else lambda event: None)
     finally:
         handle.detach()
@@ -193,6 +199,8 @@ class _Energies:
 class _Run:
     """One run, from an attached adapter to its file."""
 
+    decision: Decision | None = None  # of method "auto"
+
     def __init__(
         self,
         output: Path,
@@ -227,8 +235,9 @@ class _Run:
             progress=progress,
             team=self.team,
         )
-        for text in (self.energies.note, *self.energies.warnings):
-            progress(ProgressEvent(message=text))
+        for text in (self.energies.note, *self.energies.warnings, self.decision.why if self.decision else ""):
+            if text:
+                progress(ProgressEvent(message=text))
         if not self.handle.equivariant:
             progress(ProgressEvent(message=NOT_EQUIVARIANT.format(self.handle.config.method)))
         if self.handle.skipped:
@@ -335,6 +344,7 @@ class _Run:
             training={
                 **to_dict(self.training),
                 "best_epoch": trainer.best.epoch if trainer.best else 0,
+                **({} if self.decision is None else {"auto": self.decision.to_dict()}),
                 **({} if self.start is None else {"init": self._start_summary(self.start)}),
             },
             metrics={

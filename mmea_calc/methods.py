@@ -181,6 +181,11 @@ METHODS: dict[str, Method] = {
     "mmea": Method("gates on every linear layer, low-rank updates of the rest", gates=_GATES, updates=_BESIDE_LINEARS),
     "gates": Method("gates on every linear layer, nothing else", gates=_GATES),
     "elora": Method("low-rank updates of every layer (ELoRA)", updates={**_BESIDE_LINEARS, "linear": low_rank}),
+    "auto": Method(
+        "gates and low-rank updates of every layer; replays other molecules if the backbone is near the data",
+        gates=_GATES,
+        updates={**_BESIDE_LINEARS, "linear": low_rank},
+    ),
     "sparse": Method("soft-thresholded changes of few weights", updates=dict.fromkeys(_PATHS, sparse), identity=False),
     "full": Method("every parameter of the backbone", updates=dict.fromkeys(_ALL, dense)),
     "readout": Method("the readouts alone", updates=dict.fromkeys(_ALL, dense), only=("readouts", "readouts.*")),
