@@ -178,7 +178,7 @@ def test_weight_decay_of_increments_acts_on_survivors_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "schedulefree"])
 def test_thresholds_have_a_rate_and_a_decay_of_their_own(kind: str) -> None:
-    base = SCHEDULE_FREE if kind == "schedulefree" else TrainConfig(amsgrad=False)
+    base = SCHEDULE_FREE if kind == "schedulefree" else TrainConfig(optimizer="adamw", amsgrad=False)
     config = replace(base, lr=0.1, tau_lr=0.02, weight_decay=0.0, tau_weight_decay=0.3)
     update = update_of([0.5, -0.5, 0.01])
     before = float(update.tau.detach())
@@ -234,7 +234,7 @@ def test_looking_at_the_averages_changes_no_bit_of_the_training() -> None:
         (dict(schedule="cosine"), "schedule is 'cosine', expected 'constant'"),
         (dict(ema_decay=0.9), "ema_decay is 0.9, expected 0.0"),
         (dict(stage_two_start=0.5), "stage_two_start is 0.5, expected None"),
-        (dict(optimizer="sgd"), "optimizer must be 'adamw' or 'schedulefree', got 'sgd'"),
+        (dict(optimizer="sgd"), "optimizer must be 'soap', 'adamw' or 'schedulefree', got 'sgd'"),
         (dict(tau_lr=0.0), "tau_lr must be positive"),
         (dict(weight_decay=-1.0), "weight_decay must not be negative"),
     ],
@@ -253,7 +253,7 @@ def test_the_method_has_recipes_of_low_and_high_sparsity() -> None:
     low, high = TrainConfig(**recipe_for("sparse")), TrainConfig(**recipe_for("sparse", "sparse-H"))
     assert (low.tau_weight_decay, high.tau_weight_decay) == (0.01, 0.3)
     assert replace(high, tau_weight_decay=0.01) == low
-    assert (low.optimizer, low.batch_size, low.weight_decay, low.lr) == ("schedulefree", 64, 1e-8, 1e-2)
+    assert (low.optimizer, low.batch_size, low.weight_decay, low.lr) == ("schedulefree", 10, 1e-8, 1e-2)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
