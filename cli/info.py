@@ -31,7 +31,7 @@ def info(
     if as_json:
         print_json(adapter.header())
     else:
-        out().print(pairs_table("adapter", str(file), _rows(adapter, file)))
+        out().print(pairs_table("adapter", str(file), _rows(adapter, adapter.path or file)))
 
 
 def _rows(adapter: AdapterFile, file: Path) -> Iterator[tuple[str, Any]]:
@@ -49,7 +49,9 @@ def _rows(adapter: AdapterFile, file: Path) -> Iterator[tuple[str, Any]]:
     for name in ("train", "valid"):
         if isinstance(used := adapter.data.get(name), Mapping):
             yield f"{name} data", _data(used)
-    yield "training", _words(adapter.training)
+    yield "training", _words({k: v for k, v in adapter.training.items() if k != "auto"})
+    if isinstance(decision := adapter.training.get("auto"), Mapping):
+        yield "method auto", decision.get("why")
     yield from _errors(adapter.metrics)
     for name, verdict in adapter.checks.items():
         yield f"check of {name}", _verdict(verdict)

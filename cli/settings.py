@@ -60,17 +60,18 @@ def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mappin
 
 
 def _form_of(init: Path, asked_for: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the adapter to start from, and its backbone; what was asked for must not differ."""
+    """Settings of the adapter to start from, and its backbone; what was asked for must fit."""
     from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.methods import differing_form
 
     file = read_adapter(init)
     form = file.config.form()
-    for name, value in form.items():
-        if name in asked_for and asked_for[name] != value:
-            raise typer.BadParameter(
-                f"{init} has {name.replace('_', '-')} {value!r}, not {asked_for[name]!r}: leave the option out",
-                param_hint="'--init'",
-            )
+    wanted = replace(file.config, **_fields_of(AdapterConfig, asked_for))
+    for name in differing_form(wanted, file.config):
+        raise typer.BadParameter(
+            f"{init} has {name.replace('_', '-')} {form[name]!r}, not {asked_for[name]!r}: leave the option out",
+            param_hint="'--init'",
+        )
     return {**form, "backbone": file.backbone, "head": file.head}
 
 

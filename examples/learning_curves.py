@@ -2,7 +2,7 @@
 
     python examples/learning_curves.py TRAIN.xyz TEST.xyz [--init gfn2-to-pbe.adapter] [--sizes 5 10 20 50] [-o RESULTS]
 
-Without it the backbone of that adapter is fine-tuned by the default method. Sizes are nested draws of one seed; the
+Both fine-tune the backbone of that adapter by the same method. Sizes are nested draws of one seed; the
 structures that are left validate, 50 at most. Prints a table and writes errors.csv and errors.png.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -40,7 +41,7 @@ def curve(
             test=test,
             backbone=init.backbone,
             init=init if started else None,
-            adapter=None if started else AdapterConfig(method=options.method),
+            adapter=replace(init.config, method=options.method) if started else AdapterConfig(method=options.method),
             training=TrainConfig(seed=options.seed, device=options.device),
         )
         if not found:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("--init", default="gfn2-to-pbe.adapter")
     parser.add_argument("--sizes", type=int, nargs="+", default=[5, 10, 20, 50])
-    parser.add_argument("--method", default="mmea", help="without the adapter to start from")
+    parser.add_argument("--method", default="mmea", help="does what the adapter to start from does, or more")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--n-test", type=int, default=200)
     parser.add_argument("--device", default="cpu")
@@ -67,7 +68,7 @@ def main() -> None:
     init = read_adapter(options.init)
     curves = {
         f"from {init.backbone}, {options.method}": curve(train, test, init, options, started=False),
-        f"from {options.init}": curve(train, test, init, options, started=True),
+        f"from {options.init}, {options.method}": curve(train, test, init, options, started=True),
     }
     sizes = [0, *sorted(options.sizes)]
     with (options.output / "errors.csv").open("w", newline="") as file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .dataset import Dataset
 from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
 from .finetune_checks import check_settings, check_writable
+from .methods import differing_form
 from .parallel import merge_ranges, total_energies
 from .potential import Potential
 from .preflight import PreflightReport, preflight
@@ -101,7 +102,8 @@ def finetune(
             the default one.
         head: head of the backbone.
         adapter: what is attached; with `init`, that file's own settings if not given.
-        init: an adapter of the same backbone to start from. Its reference energies are the start of corrections, and
+        init: an adapter of the same backbone to start from, of the same form or of a method that does a part of what
+            is asked for (gates, for mmea). Its reference energies are the start of corrections, and
             the ranges it saw count as seen.
         training: how it is trained.
         E0s: see `resolve_reference_energies`.
@@ -115,7 +117,7 @@ def finetune(
 
     Raises:
         DataError, BackboneError, AdapterError: before anything is written. Also an `init` for another backbone
-            (AdapterFileError), or whose form is not that of `adapter`.
+            (AdapterFileError), or whose form does not fit that of `adapter`.
         TrainingError: the loss is no longer a number (the best adapter so far is written), or a checkpoint that
             does not fit.
     """
@@ -146,7 +148,8 @@ def finetune(
     try:
         if start is not None:
             # Its ranges would bound what is learnt from the new data; they count again once training is over.
-            handle.load_state_dict({k: v for k, v in start.tensors.items() if not k.startswith("ranges.")})
+            values = {k: v for k, v in start.tensors.items() if not k.startswith("ranges.")}
+            handle.load_state_dict({**handle.state_dict(), **values})
             potential.adapter = handle
             potential.reference_energies = {**backbone.atomic_energies, **start.reference_energies}
         with nullcontext() if start is not None else handle.disabled():
@@ -168,13 +171,13 @@ def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterCo
         return adapter or AdapterConfig()
     if adapter is not None:
         wanted, has = adapter.form(), start.config.form()
-        if differing := sorted(k for k in wanted if wanted[k] != has[k]):
+        if differing := differing_form(adapter, start.config):
             listed = ", ".join(f"{k} is {has[k]!r} there, {wanted[k]!r} here" for k in differing)
             raise AdapterError(
                 f"the adapter to start from ({start.path or 'given'}) has another form: {listed}; "
                 "leave these settings out"
             )
-    return replace(start.config, seed=adapter.seed if adapter else start.config.seed)
+    return adapter or start.config
 
 
 def _reference_energies(
@@ -248,7 +251,7 @@ class _Run:
             progress(ProgressEvent(message=text))
         if self.start is not None:
             without_ranges = self.handle.state_dict()
-            self.handle.load_state_dict(self.start.tensors)
+            self.handle.load_state_dict({**without_ranges, **self.start.tensors})
             self.initial = {k: _errors(e.adapter.overall) for k, e in self._evaluate().items() if e.adapter}
             self.handle.load_state_dict(without_ranges)
             progress(ProgressEvent(message=f"starting from {self.start.path or 'the given adapter'}"))

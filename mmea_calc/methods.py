@@ -224,6 +224,24 @@ def linear_layers(network: nn.Module) -> list[tuple[str, Any]]:
     return []
 
 
+def differing_form(config: AdapterConfig, start: AdapterConfig) -> list[str]:
+    """Settings that keep an adapter of `config` from starting with the values of one of `start`; none if it can.
+
+    The method may be one that does all that the other does, and more: what is new starts as the identity.
+    """
+    one, other = method_named(config.method), method_named(start.method)
+    wanted, has = config.form(), start.form()
+    differing = {name for name in wanted if wanted[name] != has[name]}
+    more = (
+        other.gates in (None, one.gates)
+        and all(one.updates.get(kind) is update for kind, update in other.updates.items())
+        and (one.only, one.identity, other.identity) == (other.only, True, True)
+    )
+    if more:
+        differing -= {"method"} if other.updates else {"method", "low_rank", "alpha"}
+    return sorted(differing)
+
+
 def find_sites(network: nn.Module) -> list[Site]:
     """Every tensor of `network` that some method may change, in the order of its modules."""
     return list(_walk(network))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from conftest import ROOT
 from mmea_calc import MMEACalculator, read_dataset
@@ -16,6 +17,9 @@ from mmea_calc.errors import AdapterFileError
 from mmea_calc.finetuning import finetune
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain.unpack import unpack
+from mmea_cli.main import app
+
+NAME = "gfn2-to-pbe.adapter"
 
 
 def test_each_is_described_and_belongs_to_an_embedded_backbone() -> None:
@@ -31,10 +35,10 @@ def test_each_is_described_and_belongs_to_an_embedded_backbone() -> None:
 
 def test_a_file_of_the_same_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    packaged = read_adapter("gfn2-to-pbe.adapter")
+    packaged = read_adapter(NAME)
     changed = {k: v + 1 if k.startswith("gates") else v for k, v in packaged.tensors.items()}
-    write_adapter("gfn2-to-pbe.adapter", type(packaged)(**{**vars(packaged), "tensors": changed}))
-    own = read_adapter("gfn2-to-pbe.adapter")
+    write_adapter(NAME, type(packaged)(**{**vars(packaged), "tensors": changed}))
+    own = read_adapter(NAME)
     key = next(k for k in changed if k.startswith("gates"))
     assert not np.allclose(own.tensors[key], packaged.tensors[key])
 
@@ -48,27 +52,35 @@ def test_it_takes_the_backbone_to_the_level_of_aspirins_labels() -> None:
     data = read_dataset(ROOT / "examples" / "data" / "aspirin" / "test.xyz").subset(range(6))
     potential = Potential(load_backbone("mmea-organic-s-xtb"))
     errors = {}
-    for name in (None, "gfn2-to-pbe.adapter"):
+    for name in (None, NAME):
         potential.use(read_adapter(name) if name else None)
         _, forces = potential.predict_graphs([potential.graph(s.atoms) for s in data.structures])
         errors[name] = np.mean(
             [np.abs(f.numpy() - s.forces).mean() for f, s in zip(forces, data.structures, strict=True)]
         )
-    assert errors["gfn2-to-pbe.adapter"] < 0.4 * errors[None]
+    assert errors[NAME] < 0.4 * errors[None]
 
 
 def test_training_may_start_from_it_by_name_and_takes_its_backbone(tmp_path: Path) -> None:
     data = read_dataset(ROOT / "examples" / "data" / "aspirin" / "train.xyz").subset(range(4))
     training = TrainConfig(epochs=1, batch_size=3, valid_fraction=0.25, device="cpu")
-    result = finetune(data, tmp_path / "a.adapter", init="gfn2-to-pbe.adapter", training=training)
+    result = finetune(data, tmp_path / "a.adapter", init=NAME, training=training)
     assert result.adapter.backbone == "mmea-organic-s-xtb"
     assert result.adapter.config.method == "gates"
     assert result.initial["valid"].forces_mae_meV_per_A < 0.5 * result.zero_shot["valid"].forces_mae_meV_per_A
 
 
+def test_the_commands_take_it_by_name(tmp_path: Path) -> None:
+    data = str(ROOT / "examples" / "data" / "aspirin" / "test.xyz")
+    for command in (["info", NAME], ["evaluate", NAME, data, "--device", "cpu"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert "mmea-organic-s-xtb" in result.output or "forces" in result.output
+
+
 def test_the_calculator_takes_it_by_name() -> None:
     atoms = read_dataset(ROOT / "examples" / "data" / "aspirin" / "test.xyz").structures[0].atoms.copy()
-    atoms.calc = MMEACalculator("gfn2-to-pbe.adapter", device="cpu")
+    atoms.calc = MMEACalculator(NAME, device="cpu")
     assert np.isfinite(atoms.get_potential_energy())
 
 

@@ -387,6 +387,38 @@ def test_without_training_the_earlier_adapter_is_written_again_with_what_it_saw(
     assert wider
 
 
+@pytest.mark.parametrize(("smaller", "larger"), [("gates", "mmea"), ("gates", "auto"), ("elora", "auto")])
+def test_a_method_that_does_more_starts_from_what_the_other_has_learnt(
+    smaller: str, larger: str, tmp_path: Path
+) -> None:
+    data, valid = dataset(tmp_path), dataset(tmp_path, 4, "valid.xyz", seed=1)
+    common: dict[str, Any] = dict(valid=valid, training=QUICK)
+    first = finetune(
+        data, tmp_path / "a.adapter", adapter=replace(SMALL, method=smaller), backbone=tiny_backbone(), **common
+    )
+    second = finetune(
+        data,
+        tmp_path / "b.adapter",
+        adapter=replace(SMALL, method=larger),
+        init=tmp_path / "a.adapter",
+        backbone=tiny_backbone(),
+        **common,
+    )
+    start = second.initial["valid"].forces_mae_meV_per_A
+    assert start == pytest.approx(first.fine_tuned["valid"].forces_mae_meV_per_A, rel=1e-9)
+    assert second.fine_tuned["valid"].forces_mae_meV_per_A < start
+    assert second.adapter.n_parameters > first.adapter.n_parameters
+    with pytest.raises(AdapterError, match=f"method is '{larger}' there, '{smaller}' here"):
+        finetune(
+            data,
+            tmp_path / "c.adapter",
+            adapter=replace(SMALL, method=smaller),
+            init=tmp_path / "b.adapter",
+            backbone=tiny_backbone(),
+            **common,
+        )
+
+
 def test_an_earlier_adapter_of_another_backbone_or_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     data = dataset(tmp_path, 6)
     finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
