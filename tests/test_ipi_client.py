@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import selectors
 import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -300,7 +302,9 @@ def test_a_structure_that_the_network_cannot_take_is_refused_before_anything_is_
 
 # -- the real i-PI ------------------------------------------------------------------------------------------------
 
-needs_ipi = pytest.mark.skipif(shutil.which("i-pi") is None, reason="i-PI is not installed: pip install 'mmea[ipi]'")
+# The command of this environment, which need not be on the path.
+IPI = shutil.which("i-pi", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+needs_ipi = pytest.mark.skipif(IPI is None, reason="i-PI is not installed: pip install 'mmea[ipi]'")
 
 INPUT = """
 <simulation verbosity='low'>
@@ -348,7 +352,7 @@ def run_ipi(folder: Path, atoms: Atoms, *, beads: int, mode: str, name: str, **o
             _,
         ),
     ):
-        ipi = subprocess.Popen(["i-pi", "input.xml"], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        ipi = subprocess.Popen([str(IPI), "input.xml"], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         try:
             assert ipi.wait(SECONDS) == 0, (folder / "log").read_text()
         finally:
