@@ -83,10 +83,11 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{e.energy_mae_meV:.1f} / {e.forces_mae_meV_per_A:.1f}" for e in errors))
         plt.plot(sizes[1:], [e.forces_mae_meV_per_A for e in errors[1:]], "o-", label=name)
     plt.xscale("log")
-    plt.yscale("log")
+    plt.minorticks_off()
     plt.xticks(sizes[1:], [str(n) for n in sizes[1:]])
     plt.xlabel("training structures")
     plt.ylabel("forces MAE (meV/Å)")
+    plt.ylim(bottom=0)
     plt.legend()
     plt.savefig(options.output / "errors.png", dpi=150, bbox_inches="tight")
 
