@@ -5,15 +5,14 @@ No default is written down here. An option that was not given is None and is lef
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from mmea_calc.config import AdapterConfig, TrainConfig
+from mmea_calc.config import AdapterConfig, TrainConfig, fields_of, setting_types
 from mmea_calc.setting_values import as_type
 
 CONFIG_HINT = "'--config'"
@@ -53,8 +52,8 @@ def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mappin
     recipe = _recipe(given.get("recipe", written.get("recipe")), method)
     merged = {**recipe, **written, **given}
     return Settings(
-        adapter=AdapterConfig(**_fields_of(AdapterConfig, merged)),
-        training=TrainConfig(**_fields_of(TrainConfig, merged)),
+        adapter=AdapterConfig(**fields_of(AdapterConfig, merged)),
+        training=TrainConfig(**fields_of(TrainConfig, merged)),
         options={name: merged.get(name) for name in other_options},
     )
 
@@ -66,7 +65,7 @@ def _form_of(init: Path, asked_for: Mapping[str, Any]) -> dict[str, Any]:
 
     file = read_adapter(init)
     form = file.config.form()
-    wanted = replace(file.config, **_fields_of(AdapterConfig, asked_for))
+    wanted = replace(file.config, **fields_of(AdapterConfig, asked_for))
     for name in differing_form(wanted, file.config):
         raise typer.BadParameter(
             f"{init} has {name.replace('_', '-')} {form[name]!r}, not {asked_for[name]!r}: leave the option out",
@@ -93,7 +92,7 @@ def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:
         raise typer.BadParameter(
             f"{path} must be a mapping of option names to values, got {type(content).__name__}", param_hint=CONFIG_HINT
         )
-    types_of = {**_field_types(), **{name: wanted | None for name, wanted in other_options.items()}}
+    types_of = {**setting_types(), **{name: wanted | None for name, wanted in other_options.items()}}
     values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).removeprefix("--").replace("-", "_")
@@ -125,11 +124,3 @@ def _recipe(name: str | None, method: str) -> dict[str, Any]:
     if name is not None and name not in RECIPES:
         raise typer.BadParameter(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}", param_hint="'--recipe'")
     return dict(recipe_for(method, name))
-
-
-def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
-
-
-def _field_types() -> dict[str, Any]:
-    return {**typing.get_type_hints(TrainConfig), **typing.get_type_hints(AdapterConfig)}

@@ -6,8 +6,9 @@ Units are in the names: eV, A (angstrom), fs, K.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 DEFAULT_BACKBONE = "mmea-organic-s"
 # With 10 replayed molecules an epoch, errors on rMD17 aspirin are those without after this many times the steps.
@@ -288,6 +289,17 @@ class BenchmarkConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain, JSON-ready values."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def setting_types(*, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Name -> type of the settings of `AdapterConfig` and `TrainConfig`, in their order."""
+    types = {**get_type_hints(AdapterConfig), **get_type_hints(TrainConfig)}
+    return {name: kind for name, kind in types.items() if name not in set(without)}
+
+
+def fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that are settings of `cls`."""
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
 
 
 def from_dict(cls: type, values: dict[str, Any]) -> Any:

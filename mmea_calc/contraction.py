@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .mace_bridge import symmetric_contractions
+from .tensor_state import State, same_state, state_of
 
 
 def use_table_contraction(network: nn.Module) -> int:
@@ -59,7 +60,7 @@ class TableContraction:
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
         self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
         self._kept: dict[int, list[Tensor]] = {}
-        self._kept_for: tuple[object, ...] = ()
+        self._kept_for: State = ()
         self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -107,11 +108,8 @@ class TableContraction:
         if unkept or any(w.requires_grad for w in weights):
             self._kept, self._kept_for = {}, ()
             return {e: self._table(e) for e in elements}
-        # The version counts in-place changes of a tensor and the address tells of a new storage (`tensor.data = ...`),
-        # so neither a new tensor nor an edited one goes unseen; only edits through `tensor.data` (`.data.copy_()`),
-        # which hide from the version by design, do. The tensors themselves are held, so that no id is used again.
-        state = tuple((t, t._version, t.data_ptr()) for t in (*weights, *couplings))
-        if not _same(state, self._kept_for):
+        state = state_of((*weights, *couplings))
+        if not same_state(state, self._kept_for):
             self._kept, self._kept_for = {}, state
         for e in elements:
             if e not in self._kept:
@@ -142,7 +140,3 @@ class TableContraction:
 def _weights(contraction: Any) -> list[Tensor]:
     """Of the highest correlation first."""
     return [contraction.weights_max, *contraction.weights]
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(x[0] is y[0] and x[1:] == y[1:] for x, y in zip(a, b, strict=True))

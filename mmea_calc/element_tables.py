@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .gates import MagnitudeGate
+from .tensor_state import State, same_state, state_of
 
 
 class ElementTables:
@@ -54,7 +55,7 @@ class _Layer:
         self._given: tuple[Tensor, int, Tensor] | None = None  # result, its version, rows
         self._seen: tuple[Tensor, int, Tensor | None] | None = None  # one-hot tensor, its version, rows
         self._kept: Tensor | None = None
-        self._kept_for: tuple[object, ...] = ()
+        self._kept_for: State = ()
 
     def __call__(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
         """As `o3.Linear`: (n_atoms, irreps_in.dim) -> (n_atoms, irreps_out.dim), gated."""
@@ -91,9 +92,8 @@ class _Layer:
         if any(t.is_inference() for t in tensors):
             return None
         source = None if self.before is None else self.before._kept
-        # The tensors themselves are held, so that no id is used again.
-        state = (source, *self._settings(), *((t, t._version, t.data_ptr()) for t in tensors))
-        if not _same(state, self._kept_for):
+        state = (source, *self._settings(), *state_of(tensors))
+        if not same_state(state, self._kept_for):
             like = self.linear.weight
             with torch.no_grad():
                 x = torch.eye(self.linear.irreps_in.dim, dtype=like.dtype, device=like.device)
@@ -105,10 +105,3 @@ class _Layer:
 
     def _settings(self) -> tuple[object, ...]:
         return () if self.gate is None else (self.gate.saturate, self.gate.calibrated)
-
-
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether these are the same objects in the same state."""
-    return len(one) == len(other) and all(
-        a[0] is b[0] and a[1:] == b[1:] if isinstance(a, tuple) else a is b for a, b in zip(one, other, strict=True)
-    )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .gates import MagnitudeGate
+from .tensor_state import State, same_state, state_of
 
 
 class FrozenGate:
@@ -35,7 +36,7 @@ class FrozenGate:
             m._parameters for m in gate.modules() if isinstance(m, nn.Linear)
         ]
         self._kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._kept_for: list[tuple[Tensor, int, int]] = []
+        self._kept_for: State = ()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As `MagnitudeGate`: x (..., irreps_in.dim), y (..., irreps_out.dim)."""
@@ -57,10 +58,8 @@ class FrozenGate:
         tensors: list[Tensor] = [t for store in self._stores for t in store.values() if t is not None]
         if any(t.is_inference() for t in tensors):
             return None
-        # The tensors themselves are held, so that no id is used again.
-        state = [(t, t._version, t.data_ptr()) for t in tensors]
-        kept = self._kept_for
-        if len(kept) != len(state) or any(a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(kept, state, strict=True)):
+        state = state_of(tensors)
+        if not same_state(state, self._kept_for):
             with torch.no_grad():
                 self._kept = self._made()
             self._kept_for = state

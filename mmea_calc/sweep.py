@@ -10,14 +10,13 @@ import csv
 import io
 import itertools
 import json
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
+from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
 from .errors import MMEAError, TrainingError
 from .files import json_ready, write_text
 from .methods import method_named
@@ -346,7 +345,7 @@ def _axis(word: str) -> tuple[str, list[Any]]:
     """`gate_rank=8,16` -> ("gate_rank", [8, 16])."""
     name, equals, text = word.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
-    types = _field_types()
+    types = {"recipe": str, **setting_types(without=_FIXED)}
     if name not in types:
         raise TrainingError(f"the sweep cannot vary {name!r}; expected one of {', '.join(types)}")
     parts = [part.strip() for part in text.split(",")]
@@ -359,25 +358,13 @@ def _axis(word: str) -> tuple[str, list[Any]]:
     return name, list(dict.fromkeys(values))
 
 
-def _field_types() -> dict[str, Any]:
-    found: dict[str, Any] = {"recipe": str}
-    for cls in (AdapterConfig, TrainConfig):
-        hints = typing.get_type_hints(cls)
-        found |= {f.name: hints[f.name] for f in fields(cls) if f.name not in _FIXED}
-    return found
-
-
 def _settings(values: Mapping[str, Any]) -> tuple[AdapterConfig, TrainConfig]:
     recipe, method = values.get("recipe"), values.get("method", AdapterConfig.method)
     method_named(method)
     if recipe is not None and recipe not in RECIPES:
         raise TrainingError(f"unknown recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
     merged = {**recipe_for(method, recipe), **values}
-    adapter, training = ({f.name: merged[f.name] for f in fields(cls) if f.name in merged} for cls in _CONFIGS)
-    return AdapterConfig(**adapter), TrainConfig(**training)
-
-
-_CONFIGS = (AdapterConfig, TrainConfig)
+    return AdapterConfig(**fields_of(AdapterConfig, merged)), TrainConfig(**fields_of(TrainConfig, merged))
 
 
 def _text(value: Any) -> str:

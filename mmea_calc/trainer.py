@@ -244,9 +244,10 @@ class Trainer:
         )
 
     def _validate(self, stage: int) -> Errors:
-        # Processes that have come apart would go on adding up gradients of different weights, unnoticed.
-        now = {f"the weights after epoch {self.epoch}": hash_of(self.parameters)}
-        check_agreement(self.team, now, "use processors and package versions of one kind, and --resume")
+        if self.team.size > 1:
+            # Processes that have come apart would go on adding up gradients of different weights, unnoticed.
+            now = {f"the weights after epoch {self.epoch}": hash_of(self.parameters)}
+            check_agreement(self.team, now, "use processors and package versions of one kind, and --resume")
         with self.optimiser.averaged():
             errors = measure(self.potential, self.valid, self.config, stage=stage, team=self.team)
         if self.config.schedule == "plateau" and stage == 1:

@@ -14,6 +14,8 @@ from ase.build import bulk, molecule
 from torch import nn
 
 from mmea_calc.adapted import Adapter
+from mmea_calc.backbone import Backbone
+from mmea_calc.fast_path import use_fast_path
 from mmea_calc.graph import Batch, build_graph, collate
 from mmea_calc.mace_bridge import build_network
 
@@ -80,6 +82,23 @@ def random_network(seed: int = 0, **changes: Any) -> nn.Module:
         torch.manual_seed(seed)
         network = build_network(network_config(**changes))
     return network.requires_grad_(False)
+
+
+def small_backbone_around(network: nn.Module, atomic_energies: dict[int, float]) -> Backbone:
+    """A `random_network` on the fast path as `load_backbone` would give it."""
+    use_fast_path(network)
+    return Backbone(
+        name="small",
+        source="built by the tests",
+        network=network,
+        config=network_config(),
+        fingerprint="f" * 64,
+        elements=ELEMENTS,
+        r_max=4.0,
+        heads=("Default",),
+        head="Default",
+        atomic_energies=dict(atomic_energies),
+    )
 
 
 def randomise(adapter: Adapter, seed: int = 1, std: float = 0.1) -> None:

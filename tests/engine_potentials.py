@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-from conftest import ELEMENTS, network_config, random_network, randomise
+from conftest import ELEMENTS, random_network, randomise, small_backbone_around
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile
 from mmea_calc.backbone import Backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import AdapterConfig
-from mmea_calc.fast_path import use_fast_path
 from mmea_calc.potential import Potential
 
 E0 = {1: -13.6, 6: -1027.3, 8: -2038.5}
@@ -18,20 +17,7 @@ E0 = {1: -13.6, 6: -1027.3, 8: -2038.5}
 
 def small_backbone() -> Backbone:
     """A random network with reference energies, float64."""
-    network = random_network()
-    use_fast_path(network)
-    return Backbone(
-        name="small",
-        source="built by the tests",
-        network=network,
-        config=network_config(),
-        fingerprint="f" * 64,
-        elements=ELEMENTS,
-        r_max=4.0,
-        heads=("Default",),
-        head="Default",
-        atomic_energies=dict(E0),
-    )
+    return small_backbone_around(random_network(), E0)
 
 
 @cache

@@ -24,14 +24,13 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS, FIRE
 from torch import nn
 
-from conftest import ELEMENTS, crystal, ethanol, network_config, random_network, randomise
+from conftest import ELEMENTS, crystal, ethanol, network_config, random_network, randomise, small_backbone_around
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.adapter_file import AdapterFile, read_adapter, write_adapter
 from mmea_calc.backbone import Backbone, load_backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig
 from mmea_calc.errors import AdapterError, AdapterFileError, BackboneError, DataError, MMEAError
-from mmea_calc.fast_path import use_fast_path
 from mmea_calc.mace_bridge import build_network, mace_calculators
 from mmea_calc.potential import Potential
 
@@ -63,21 +62,8 @@ def _networks_return(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def small_backbone(device: str = "cpu") -> Backbone:
     """A random network with reference energies, as `load_backbone` would give it; each one its own."""
     network = FREE.pop() if FREE else random_network()
-    use_fast_path(network)
     TAKEN.append(network)
-    backbone = Backbone(
-        name="small",
-        source="built by the tests",
-        network=network,
-        config=network_config(),
-        fingerprint="f" * 64,
-        elements=ELEMENTS,
-        r_max=4.0,
-        heads=("Default",),
-        head="Default",
-        atomic_energies=dict(E0),
-    )
-    return backbone.to(device)
+    return small_backbone_around(network, E0).to(device)
 
 
 def adapter_for(backbone: Backbone, seed: int = 1, config: AdapterConfig = CONFIG, **fields: Any) -> AdapterFile:

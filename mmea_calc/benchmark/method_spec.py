@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import AdapterConfig, BenchmarkConfig, TrainConfig
+from ..config import AdapterConfig, BenchmarkConfig, TrainConfig, fields_of, setting_types
 from ..errors import AdapterError
 from ..methods import method_named
 from ..recipes import RECIPES, recipe_for
@@ -76,7 +75,7 @@ def _named_fields(rest: str, text: str) -> dict[str, Any]:
             pairs[-1][1] += "," + word.strip()
         else:
             raise AdapterError(f"{text!r}: expected NAME:field=value,field=value, got {word!r} where a field belongs")
-    types = _field_types()
+    types = {"recipe": str, **setting_types(without=_RESERVED)}
     values: dict[str, Any] = {}
     for key, value in pairs:
         field = key.replace("-", "_")
@@ -89,25 +88,13 @@ def _named_fields(rest: str, text: str) -> dict[str, Any]:
     return {field: values[field] for field in types if field in values}
 
 
-def _field_types() -> dict[str, Any]:
-    found: dict[str, Any] = {"recipe": str}
-    for cls in (AdapterConfig, TrainConfig):
-        hints = typing.get_type_hints(cls)
-        found |= {f.name: hints[f.name] for f in fields(cls) if f.name not in _RESERVED}
-    return found
-
-
 def _settings(
     name: str, recipe: str | None, config: BenchmarkConfig, named: Mapping[str, Any]
 ) -> tuple[AdapterConfig, TrainConfig]:
     common = {"epochs": config.epochs, "dtype": config.dtype, "device": config.device}
     given = {key: value for key, value in common.items() if value is not None}
     merged = {**recipe_for(name, recipe), **given, **named, "method": name}
-    return AdapterConfig(**_only(AdapterConfig, merged)), TrainConfig(**_only(TrainConfig, merged))
-
-
-def _only(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+    return AdapterConfig(**fields_of(AdapterConfig, merged)), TrainConfig(**fields_of(TrainConfig, merged))
 
 
 def _text(value: Any) -> str:
