@@ -18,6 +18,7 @@ from .backbone import app as backbone_app
 from .benchmark import benchmark
 from .check import check
 from .compare import compare
+from .compile import compile
 from .convert import convert
 from .evaluate import evaluate
 from .explain import leave
@@ -59,6 +60,7 @@ app.command(cls=several_values({"--temperature": is_number}))(md)
 app.command()(serve)
 app.command()(check)
 app.command()(convert)
+app.command()(compile)
 app.command()(fold)
 app.command()(info)
 app.command()(inspect)

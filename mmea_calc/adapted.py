@@ -370,6 +370,26 @@ class Adapter:
         self.weights.unfold()
         self._switch(self._enabled)
 
+    def derived(self) -> dict[str, Tensor]:
+        """Name -> tensors that a merged adapter computes with in the place of its own; renewed when those change."""
+        frozen = {name: self.network.get_submodule(name).__dict__.get(_FROZEN) for name in self.gates}
+        found = self._tables.tables() if self._tables is not None else {}
+        for name, gate in frozen.items():
+            for i, tensor in enumerate(gate.constants() or ()) if gate is not None else ():
+                found[f"gate of {name}, {i}"] = tensor
+        return found
+
+    @property
+    def observed(self) -> bool:
+        """Whether somebody else looks into the gates at present, by hooks that all of their calls should reach."""
+        return any(gate._forward_pre_hooks or gate._forward_hooks for gate in self.gates.values())
+
+    def situation(self) -> tuple[object, ...]:
+        """Equal as long as the adapted network takes the same steps, whatever its values are."""
+        fade = self.short_range
+        known = fade is not None and (fade.calibrated, fade.recording)
+        return self._enabled, self._merged, known, *((g.calibrated, g.recording, g.active) for g in self.gates.values())
+
     # -- values --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Backbone:
     Attributes:
         name: as a user would give it again: embedded or published name, or the file's stem.
         source: where it was read from.
-        network: frozen and in eval mode, with the table contraction installed. Its E0 buffer is zero, so that its
+        network: frozen and in eval mode, on the fast path. Its E0 buffer is zero, so that its
             energies are interaction energies (eV) at full precision; the reference energies are in
             `atomic_energies`.
         config: what `mace_bridge.build_network` needs, and notes; less for a network that cannot be converted.
@@ -61,6 +61,7 @@ class Backbone:
         atomic_energies: E0 of the chosen head, eV.
         level_of_theory, licence, notes: what is known of its data, its licence, its use.
         trust_note: one sentence where loading it executed code from the file; None otherwise.
+        fast: whether it is on the fast path (`mmea_calc.fast_path`); False: as mace-torch computes it.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Backbone:
     licence: str | None = None
     notes: str | None = None
     trust_note: str | None = field(default=None, repr=False)
+    fast: bool = True
 
     @property
     def head_index(self) -> int:
@@ -165,6 +167,7 @@ def load_backbone(
     head: str | None = None,
     device: str = "cpu",
     dtype: Precision = "float32",
+    fast: bool = True,
 ) -> Backbone:
     """A backbone by name or path. Each call builds a network of its own.
 
@@ -174,6 +177,8 @@ def load_backbone(
         head: which head of a network with several; needed unless one of them is called "default".
         device: "cpu", "cuda", "cuda:1", ..., or "auto".
         dtype: precision of the network.
+        fast: False leaves mace-torch's own forms of all layers in place, and uses no compiled programs: slower, and
+            the same to rounding.
 
     Raises:
         BackboneError: unknown name, head, device or precision; a missing, damaged or unsuitable file; a published
@@ -192,7 +197,7 @@ def load_backbone(
         backbone.level_of_theory, backbone.licence = entry.level_of_theory, entry.licence
     else:
         backbone = _from_path(_existing(text), head)
-    return _finish(backbone, device, dtype)
+    return _finish(backbone, device, dtype, fast)
 
 
 def save_backbone(
@@ -335,7 +340,7 @@ def _describe(
     )
 
 
-def _finish(backbone: Backbone, device: str, dtype: Precision) -> Backbone:
+def _finish(backbone: Backbone, device: str, dtype: Precision, fast: bool = True) -> Backbone:
     """Freeze, zero the E0 buffer, take the fast path, move."""
     from .fast_path import use_fast_path
 
@@ -347,7 +352,9 @@ def _finish(backbone: Backbone, device: str, dtype: Precision) -> Backbone:
     # At -17,600 eV float32 is 2 meV coarse: E0 are added in float64, outside of the network.
     e0: Any = network.atomic_energies_fn
     e0.atomic_energies.zero_()
-    use_fast_path(network)
+    backbone.fast = fast
+    if fast:
+        use_fast_path(network)
     return backbone.to(device, dtype)
 
 

@@ -60,6 +60,8 @@ class MMEACalculator(Calculator):
         dtype: precision of the network, float32 unless given; a loaded backbone keeps its own unless given.
             Positions, reference energies and sums of energies are in float64 in any case.
         head: head of a backbone with several; None: the adapter's.
+        fast: False computes everything in mace-torch's own, slower forms, without compiled programs; a loaded backbone
+            keeps what it was loaded with. Results are the same to rounding.
         stress: None gives a stress for structures that are periodic in three directions. True also gives one for
             others, referred to the volume of their own cell, vacuum included; without a volume there is none.
             False never gives one.
@@ -90,6 +92,7 @@ class MMEACalculator(Calculator):
         dtype: Precision | None = None,
         head: str | None = None,
         stress: bool | None = None,
+        fast: bool = True,
     ) -> None:
         super().__init__()
         sources = [] if adapter is None else [adapter] if isinstance(adapter, AdapterSource) else list(adapter)
@@ -98,7 +101,7 @@ class MMEACalculator(Calculator):
         files = _named([s if isinstance(s, AdapterFile) else read_adapter(s) for s in sources])
         first = next(iter(files.values()), None)
         self._device = device if not isinstance(backbone, Backbone) or device != "auto" else str(backbone.device)
-        self._start(_backbone(backbone, first, device, dtype, head), stress)
+        self._start(_backbone(backbone, first, device, dtype, head, fast), stress)
         for name, file in files.items():
             self.load_adapter(name, file)
         self.set_adapter(list(files) or None)
@@ -322,6 +325,7 @@ class MMEACalculator(Calculator):
             "device": self._device,
             "dtype": str(self.potential.dtype).removeprefix("torch."),
             "stress": self.stress,
+            "fast": self.backbone.fast,
             "adapters": [
                 (name, replace(file, tensors={}), safetensors.torch.save({k: t.cpu() for k, t in file.tensors.items()}))
                 for name, file in self._files.items()
@@ -335,7 +339,8 @@ class MMEACalculator(Calculator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__init__()
         self._device = state["device"]
-        backbone = load_backbone(state["backbone"], head=state["head"], device=state["device"], dtype=state["dtype"])
+        options = {key: state[key] for key in ("head", "device", "dtype", "fast")}
+        backbone = load_backbone(state["backbone"], **options)
         if backbone.fingerprint != state["fingerprint"]:
             raise BackboneError(
                 f"{state['backbone']} is not the backbone that this calculator had: its fingerprint is "
@@ -377,6 +382,7 @@ def _backbone(
     device: str,
     dtype: Precision | None,
     head: str | None,
+    fast: bool,
 ) -> Backbone:
     """The backbone that was asked for, or the one that the adapter names. Raises BackboneError."""
     if isinstance(wanted, Backbone):
@@ -387,9 +393,9 @@ def _backbone(
         head = adapter.head
     precision = dtype or "float32"
     if wanted is not None or adapter is None:
-        return load_backbone(wanted or DEFAULT_BACKBONE, head=head, device=device, dtype=precision)
+        return load_backbone(wanted or DEFAULT_BACKBONE, head=head, device=device, dtype=precision, fast=fast)
     try:
-        return load_backbone(adapter.backbone, head=head, device=device, dtype=precision)
+        return load_backbone(adapter.backbone, head=head, device=device, dtype=precision, fast=fast)
     except BackboneError as problem:
         raise BackboneError(
             f"{adapter.path or 'this adapter'} was made for backbone {adapter.backbone!r}, which is not found by that "

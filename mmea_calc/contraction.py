@@ -17,11 +17,15 @@ call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import combinations_with_replacement, product
+from math import comb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arrangement import stage
 from .mace_bridge import symmetric_contractions
 from .tensor_state import State, same_state, state_of
 
@@ -33,10 +37,11 @@ def use_table_contraction(network: nn.Module) -> int:
         The number of contractions found (0 for a network that has none).
     """
     found = symmetric_contractions(network)
-    for _, module in found:
+    for number, (_, module) in enumerate(found):
         # On this instance alone; `remove_table_contraction` uncovers the class's own forward again. It is an object,
         # not a closure, so that a copy of the network gets a table form that reads the copy's weights.
         module.__dict__["forward"] = TableContraction(module)
+        module.__dict__["forward"].number = number
     return len(found)
 
 
@@ -59,12 +64,21 @@ class TableContraction:
         self.correlations: list[int] = [int(c.correlation) for c in self.contractions]
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
         self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
+        self.number = 0  # which of the network's contractions this is
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_for: State = ()
         self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As mace's: x (n_atoms, channels, n), one-hot y (n_atoms, n_elements) -> (n_atoms, channels * sum(2l+1))."""
+        if now := stage():
+            at, present = now.arrangement.atoms, now.arrangement.present
+            a = at.gather(x).transpose(1, 2).flatten(0, 1)
+            stacked = now.tables[self.number] if now.tables else self.tables_of(present)
+            out = self._contracted(a, stacked, _next_sorted)
+            out = out.unflatten(0, (present.shape[0], x.shape[1])).transpose(1, 2)  # (elements, atoms of each, c, w)
+            out = at.scatter(out)
+            return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
         order, counts, back = self._atoms_by_element(y)
         if not counts:  # no atoms
             return x.new_zeros(0, x.shape[1] * sum(self.widths))
@@ -72,15 +86,39 @@ class TableContraction:
         sorted_x = x.index_select(0, order).transpose(0, 1)  # (c, atoms, n)
         parts = []
         for e, a in zip(counts, sorted_x.split(list(counts.values()), dim=1), strict=True):
-            *of_degree, constant = tables[e]
-            out, monomials = constant, None
-            for table in reversed(of_degree):  # of the lowest degree first
-                monomials = a if monomials is None else (monomials.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
-                out = torch.baddbmm(out, monomials, table)  # (c, atoms of e, w * n)
-            parts.append((out.unflatten(-1, (-1, self.n)) * a.unsqueeze(2)).sum(-1))
+            parts.append(self._contracted(a, tables[e], _next))
         out = torch.cat(parts, dim=1).transpose(0, 1)  # (atoms, c, w)
         out = out.index_select(0, back)
         return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
+
+    def _contracted(self, a: Tensor, tables: list[Tensor], monomials: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The module's last equation: (c, atoms, n) -> (c, atoms, w)."""
+        *of_degree, out = tables
+        m: Tensor | None = None
+        for table in reversed(of_degree):  # of the lowest degree first
+            m = a if m is None else monomials(m, a)
+            out = torch.baddbmm(out, m, table)  # (c, atoms, w * n)
+        return (out.unflatten(-1, (-1, self.n)) * a.unsqueeze(-2)).sum(-1)
+
+    def tables_of(self, present: Tensor) -> list[Tensor]:
+        """T of several elements for sorted monomials, each once, the highest degree first: (elements * c, q, w * n)."""
+        if self.contractions[0].weights_max.shape[0] == 1:  # a contraction that makes no difference between elements
+            present = torch.zeros_like(present)
+        return [
+            table.new_zeros(*table.shape[:2], int(numbers.max()) + 1, table.shape[3])
+            .index_add_(2, numbers.to(table.device), table)
+            .flatten(0, 1)
+            for table, numbers in zip(self._table(present), self._numbers(), strict=True)
+        ]
+
+    def _numbers(self) -> list[Tensor]:
+        """For each degree, the highest first: which of the monomials without repetition each of those with it is."""
+        found = []
+        for degree in range(max(self.correlations) - 1, -1, -1):
+            all_of_them = list(product(range(self.n), repeat=degree))
+            number = {m: i for i, m in enumerate(combinations_with_replacement(range(self.n), degree))}
+            found.append(torch.tensor([number[tuple(sorted(m))] for m in all_of_them]))
+        return found
 
     def _atoms_by_element(self, y: Tensor) -> tuple[Tensor, dict[int, int], Tensor]:
         """Atoms sorted by element, the number of each element present, and where each atom lies in that order.
@@ -107,17 +145,20 @@ class TableContraction:
         unkept = torch.is_inference_mode_enabled() or any(t.is_inference() for t in (*weights, *couplings))
         if unkept or any(w.requires_grad for w in weights):
             self._kept, self._kept_for = {}, ()
-            return {e: self._table(e) for e in elements}
+            return {e: self._one(e) for e in elements}
         state = state_of((*weights, *couplings))
         if not same_state(state, self._kept_for):
             self._kept, self._kept_for = {}, state
         for e in elements:
             if e not in self._kept:
                 with torch.no_grad():
-                    self._kept[e] = self._table(e)
+                    self._kept[e] = self._one(e)
         return self._kept
 
-    def _table(self, element: int) -> list[Tensor]:
+    def _one(self, element: int) -> list[Tensor]:
+        return [table.squeeze(0) for table in self._table(slice(element, element + 1))]
+
+    def _table(self, elements: Tensor | slice) -> list[Tensor]:
         highest = max(self.correlations)
         degrees: list[list[Tensor]] = [[] for _ in range(highest)]
         for contraction, width in zip(self.contractions, self.widths, strict=True):
@@ -125,16 +166,33 @@ class TableContraction:
             # U_k has k input components: k - 1 in the monomial, the last one apart
             for k, found in zip(range(highest, 0, -1), degrees, strict=True):
                 if k > contraction.correlation:
-                    found.append(weights[1].new_zeros(weights[1].shape[-1], self.n ** (k - 1), width, self.n))
+                    chosen = weights[1][elements]
+                    found.append(chosen.new_zeros(len(chosen), chosen.shape[-1], self.n ** (k - 1), width, self.n))
                     continue
                 u = contraction.U_tensors(k)
                 u = u.reshape(width, self.n ** (k - 1), self.n, u.shape[-1])
-                found.append(torch.einsum("wqik,kc->cqwi", u, weights[k][element]))
-        return [torch.cat(found, dim=2).flatten(2) for found in degrees]
+                found.append(torch.einsum("wqik,ekc->ecqwi", u, weights[k][elements]))
+        return [torch.cat(found, dim=3).flatten(3) for found in degrees]
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: without the tables, which are made again."""
         return {**self.__dict__, "_kept": {}, "_kept_for": (), "_grouped": None}
+
+
+def _next(monomials: Tensor, a: Tensor) -> Tensor:
+    """Of one degree more: every monomial (..., q) times every component (..., n), in few operations."""
+    return (monomials.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+
+
+def _next_sorted(monomials: Tensor, a: Tensor) -> Tensor:
+    """Of one degree more, each once: a_i times the monomials of components i and above, which stand at the end.
+
+    More operations and half the products: for a compiled network, where operations cost nothing.
+    """
+    n, q = a.shape[-1], monomials.shape[-1]
+    degree = next(d for d in range(1, 10) if comb(n + d - 1, d) == q)
+    ends = [comb(n - i + degree - 1, degree) for i in range(n)]
+    return torch.cat([a[..., i : i + 1] * monomials[..., q - end :] for i, end in enumerate(ends)], dim=-1)
 
 
 def _weights(contraction: Any) -> list[Tensor]:

@@ -17,13 +17,17 @@ up to the largest number of neighbours with copies whose Y is zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._e3nn import o3
+from .arrangement import Arrangement, stage
 from .mace_bridge import interaction_blocks
 
 # Edges that are worked on together: what is made for them stays in the processor's cache.
@@ -147,7 +151,8 @@ class FastConvolution:
         self.planner = planner
         self.channels = int(stock.irreps_in1[0].mul)
         self.n_paths = len(stock.instructions)
-        self.paths, self.order = _paths(stock)
+        self.paths, self.blocks = _paths(stock)
+        self.terms = _terms(self.paths, n_y=int(stock.irreps_in2.dim))
         self._constants: dict[tuple[torch.dtype, torch.device], _Constants] = {}
 
     def __call__(self, features: Tensor, y: Tensor, weights: Tensor, edge_index: Tensor) -> Tensor:
@@ -162,26 +167,31 @@ class FastConvolution:
         Returns:
             (n_nodes, irreps_out.dim).
         """
-        constants = self._constants_like(features)
-        plan = self.planner(edge_index, features.shape[0])
-        radial = weights.reshape(-1, self.channels)
-        by_irrep = [
-            features[:, p.features].unflatten(1, (self.channels, p.dim)).transpose(1, 2).contiguous()
-            for p in self.paths
-        ]
-        out = _Convolve.apply(constants, plan.nodes, y, radial, *by_irrep)
-        out = out.new_zeros(len(features), *out.shape[1:]).index_copy(0, plan.order, out)
-        return out.flatten(1).index_select(1, constants.order)
+        by_irrep = [features[:, p.features].unflatten(1, (self.channels, p.dim)).transpose(1, 2) for p in self.paths]
+        if now := stage():
+            out = self._arranged(by_irrep, y, weights, now.arrangement)
+        else:
+            constants, plan = self._constants_like(features), self.planner(edge_index, features.shape[0])
+            radial = weights.reshape(-1, self.channels)
+            out = _Convolve.apply(constants, plan.nodes, y, radial, *(h.contiguous() for h in by_irrep))
+            out = out.new_zeros(len(features), *out.shape[1:]).index_copy(0, plan.order, out)
+        return torch.cat([o.transpose(1, 2).flatten(1) for o in out.split(self.blocks, dim=1)], dim=1)
+
+    def _arranged(self, by_irrep: list[Tensor], y: Tensor, weights: Tensor, at: Arrangement) -> Tensor:
+        """The module's first equation with all sums written out, for a compiled network: (n_nodes, K, channels)."""
+        filled_y = at.edges.gather(y)
+        radial = at.edges.gather(weights, blank=False).unflatten(-1, (self.n_paths, self.channels))
+        h = [at.senders.gather(x, blank=False) for x in by_irrep]
+        return _WrittenOut.apply(self.terms, filled_y, radial, *h)
 
     def _constants_like(self, x: Tensor) -> _Constants:
         """Kept for every precision and device."""
         key = (x.dtype, x.device)
-        if key not in self._constants or self._constants[key].order.is_inference():
+        if key not in self._constants or self._constants[key].numbers[0].is_inference():
             self._constants[key] = _Constants(
                 self.n_paths,
                 [p.coupling.to(x) for p in self.paths],
                 [torch.tensor(p.numbers, device=x.device) for p in self.paths],
-                self.order.to(x.device),
             )
         return self._constants[key]
 
@@ -192,12 +202,11 @@ class FastConvolution:
 
 @dataclass(frozen=True)
 class _Constants:
-    """Of one precision and device: couplings (K, n_Y * n_paths * dim), numbers of the paths, order of the output."""
+    """Of one precision and device: couplings (K, n_Y * n_paths * dim), numbers of the paths."""
 
     n_paths: int
     couplings: list[Tensor]
     numbers: list[Tensor]
-    order: Tensor
 
 
 class _Convolve(torch.autograd.Function):
@@ -259,6 +268,86 @@ class _Convolve(torch.autograd.Function):
         return None, None, *sums
 
 
+@dataclass(frozen=True)
+class _Term:
+    """One product C h_a Y_b R_p of the component k of a message; h is of the irrep number i."""
+
+    i: int
+    path: int
+    a: int
+    b: int
+    k: int
+    c: float
+
+
+def _terms(paths: list[_Paths], *, n_y: int) -> list[_Term]:
+    """All that are not zero."""
+    found = []
+    for i, some in enumerate(paths):
+        coupling = some.coupling.view(len(some.coupling), n_y, len(some.numbers), some.dim)
+        for k, b, number, a in coupling.nonzero().tolist():
+            found.append(_Term(i, some.numbers[number], a, b, k, float(coupling[k, b, number, a])))
+    return found
+
+
+class _WrittenOut(torch.autograd.Function):
+    """Messages added up over the slots of each node, term by term: (n_nodes, K, channels).
+
+    Takes Y (width, n, n_Y), zero in empty slots; R (width, n, n_paths, c); h of each irrep (width, n, 2 l1 + 1, c).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: list[_Term], y: Tensor, radial: Tensor, *h: Tensor) -> Tensor:
+        ctx.terms = terms
+        ctx.save_for_backward(y, radial, *h)
+        found = []
+        for _, of_k in _grouped(terms, lambda t: t.k):
+            by_path = [
+                radial[:, :, path] * _sum(t.c * y[:, :, t.b, None] * h[t.i][:, :, t.a] for t in of_path)
+                for path, of_path in _grouped(of_k, lambda t: t.path)
+            ]
+            found.append(_sum(by_path).sum(0))
+        return torch.stack(found, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Made of differentiable operations, as everywhere here."""
+        terms: list[_Term] = ctx.terms
+        y, radial, *h = ctx.saved_tensors
+        g = list(grad.unbind(1))  # (n, c) each
+        of_h: list[dict[int, list[Tensor]]] = [{} for _ in h]
+        of_radial, of_y = [], []
+        for path, of_path in _grouped(terms, lambda t: t.path):
+            parts = []
+            for (i, a), of_a in _grouped(of_path, lambda t: (t.i, t.a)):
+                u = _sum(t.c * y[:, :, t.b, None] * g[t.k] for t in of_a)
+                parts.append(h[i][:, :, a] * u)
+                of_h[i].setdefault(a, []).append(radial[:, :, path] * u)
+            of_radial.append(_sum(parts))
+        for _, of_b in _grouped(terms, lambda t: t.b):
+            by_path = [
+                radial[:, :, path] * _sum(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
+                for path, of_path in _grouped(of_b, lambda t: t.path)
+            ]
+            of_y.append(_sum(by_path).sum(-1))
+        return (
+            None,
+            torch.stack(of_y, dim=2),
+            torch.stack(of_radial, dim=2),
+            *(torch.stack([_sum(parts[a]) for a in sorted(parts)], dim=2) for parts in of_h),
+        )
+
+
+def _grouped(terms: Iterable[_Term], key: Callable[[_Term], Any]) -> list[tuple[Any, list[_Term]]]:
+    """In the order of the key: every k, path, b and (i, a) occurs."""
+    ordered = sorted(terms, key=key)
+    return [(value, list(some)) for value, some in groupby(ordered, key=key)]
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
+
+
 def _filled(y: Tensor, nodes: _Nodes) -> Tensor:
     """Spherical harmonics by node, zero for copies: (n, b, width)."""
     filled = y.index_select(0, nodes.edges)
@@ -275,9 +364,9 @@ def _per_edge(constants: _Constants, nodes: _Nodes, radial: Tensor, h: Tensor, i
     return rows, r, h.index_select(0, nodes.senders).unsqueeze(1)
 
 
-def _paths(product: Any) -> tuple[list[_Paths], Tensor]:
-    """Paths by irrep of the features, and where each entry of the output lies in (K, channels)."""
-    channels, n_y = int(product.irreps_in1[0].mul), int(product.irreps_in2.dim)
+def _paths(product: Any) -> tuple[list[_Paths], list[int]]:
+    """Paths by irrep of the features, and the number of components, 2 l3 + 1, of each block of the output."""
+    n_y = int(product.irreps_in2.dim)
     blocks = [ir.dim for _, ir in product.irreps_out]
     starts = [sum(blocks[:i]) for i in range(len(blocks))]
     found = []
@@ -292,7 +381,4 @@ def _paths(product: Any) -> tuple[list[_Paths], Tensor]:
             k, b = starts[ins.i_out], product.irreps_in2.slices()[ins.i_in2]
             coupling[k : k + blocks[ins.i_out], b, column] = ins.path_weight * w3j.permute(2, 1, 0)
         found.append(_Paths(where, ir.dim, [number for number, _ in mine], coupling.flatten(1)))
-    entries = [
-        (start + k, c) for start, dim in zip(starts, blocks, strict=True) for c in range(channels) for k in range(dim)
-    ]
-    return found, torch.tensor([k * channels + c for k, c in entries])
+    return found, blocks

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arrangement import stage
 from .gates import MagnitudeGate
 from .tensor_state import State, same_state, state_of
 
@@ -36,6 +37,11 @@ class ElementTables:
             self._layers.append(_Layer(linear, gate, before, gates))
         for layer in self._layers:
             layer.linear.__dict__["forward"] = layer
+
+    def tables(self) -> dict[str, Tensor]:
+        """The tables of the layers, by name, as they are now."""
+        found = {f"element table {i}": layer.table() for i, layer in enumerate(self._layers)}
+        return {name: table for name, table in found.items() if table is not None}
 
     def remove(self) -> None:
         """Back to the layers' own forward."""
@@ -61,7 +67,7 @@ class _Layer:
         """As `o3.Linear`: (n_atoms, irreps_in.dim) -> (n_atoms, irreps_out.dim), gated."""
         self._given = None
         rows = None if others or options else self._rows(x)
-        table = None if rows is None else self._table()
+        table = None if rows is None else self.table()
         if rows is None or table is None:
             y = type(self.linear).forward(self.linear, x, *others, **options)
             return self.gate(x, y) if self.gate is not None and self.gate.active else y
@@ -77,6 +83,8 @@ class _Layer:
             return given[2] if given is not None and given[0] is x and given[1] == x._version else None
         if any(g.recording or not g.active for g in self.gates) or x.requires_grad or x.dim() != 2:
             return None
+        if now := stage():
+            return now.arrangement.element
         # Tensors of inference mode have no version, and tables made there could not enter a later gradient.
         if x.is_inference() or torch.is_inference_mode_enabled():
             return None
@@ -86,7 +94,7 @@ class _Layer:
             self._seen = (x, x._version, element if one_hot else None)
         return self._seen[2]
 
-    def _table(self) -> Tensor | None:
+    def table(self) -> Tensor | None:
         """What layer and gate give for each element, (n_elements, irreps_out.dim); made anew when anything changed."""
         tensors = [t for store in self._stores for t in store.values() if t is not None]
         if any(t.is_inference() for t in tensors):

@@ -40,3 +40,7 @@ class TrajectoryError(MMEAError):
 
 class EngineError(MMEAError):
     """Another simulation engine cannot be reached, started or driven, or does not keep to its protocol."""
+
+
+class CompilationError(MMEAError):
+    """A network cannot be compiled here, or a compiled one cannot be used."""

@@ -26,7 +26,7 @@ class FrozenGate:
     Values that change in spite of that are seen at the next call.
 
     Args:
-        gate: the gate; while it records, and in inference mode, it is computed as ever.
+        gate: the gate; while it records, while hooks are on it, and in inference mode, it is computed as ever.
     """
 
     def __init__(self, gate: MagnitudeGate) -> None:
@@ -41,7 +41,8 @@ class FrozenGate:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As `MagnitudeGate`: x (..., irreps_in.dim), y (..., irreps_out.dim)."""
         gate = self.gate
-        constants = None if gate.recording or torch.is_inference_mode_enabled() else self._constants()
+        asked = gate.recording or gate._forward_pre_hooks or gate._forward_hooks or torch.is_inference_mode_enabled()
+        constants = None if asked else self.constants()
         if constants is None:
             return gate(x, y)
         down, down_bias, heads, heads_bias = constants
@@ -53,8 +54,8 @@ class FrozenGate:
         s, g = F.linear(z, heads, heads_bias).chunk(2, dim=-1)
         return torch.addcmul(s, y, torch.exp(g) if gate.phi == "exp" else 1 + g)
 
-    def _constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Weight and bias of the bottlenecks and of both heads; made anew when a value has changed."""
+    def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Weight and bias of the bottlenecks and of both heads, made anew when a value has changed; None: not now."""
         tensors: list[Tensor] = [t for store in self._stores for t in store.values() if t is not None]
         if any(t.is_inference() for t in tensors):
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from ase import Atoms
@@ -17,7 +18,8 @@ from torch import Tensor
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile
 from .backbone import Backbone
-from .errors import AdapterError
+from .compiled import Found, Programs, compile_program
+from .errors import AdapterError, CompilationError
 from .graph import Batch, Graph, build_graph, collate
 
 
@@ -57,6 +59,7 @@ class Potential:
         self._own_energies: dict[int, float] = dict(backbone.atomic_energies)
         self._adapter_energies: dict[int, float] | None = None
         self._table: Tensor | None = None
+        self._programs = Programs(backbone.network)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -155,6 +158,58 @@ class Potential:
             forces, stress: what to compute beyond energies.
             training: keep what the gradient of a loss of forces needs; the results are then part of its graph.
         """
+        if self.backbone.fast and forces and not training:
+            found = self._programs.predict(
+                self.adapter, batch, stress=stress, plainly=lambda: self._found_plainly(batch, stress=stress)
+            )
+            if found is not None:
+                return self._totalled(batch, found)
+        return self._predict_plainly(batch, forces=forces, stress=stress, training=training)
+
+    def compile(self, *, stress: bool = False) -> Path:
+        """Compile the network as it is now, with the adapter's weight updates folded, unless that was done before.
+
+        Args:
+            stress: for calls that compute stresses; those without need a program of their own.
+
+        Returns:
+            the program's path, without ending. `predict` finds it from now on, in this process and in others.
+
+        Raises:
+            CompilationError: see `mmea_calc.compiled`.
+        """
+        if not self.backbone.fast:
+            raise CompilationError("this backbone was loaded with fast=False: load it without")
+
+        def plainly(batch: Batch) -> Found:
+            return self._found_plainly(batch, stress=stress)
+
+        with self.folded():
+            path = compile_program(self.backbone.network, self.adapter, self.backbone, stress=stress, plainly=plainly)
+        self._programs.forget()
+        return path
+
+    def _found_plainly(self, batch: Batch, *, stress: bool) -> Found:
+        prediction = self._predict_plainly(batch, forces=True, stress=stress, training=False)
+        assert prediction.forces is not None
+        own = prediction.node_energy - self._reference_table()[batch.numbers]
+        return Found(own, prediction.forces, prediction.stress)
+
+    def _totalled(self, batch: Batch, found: Found) -> Prediction:
+        """What a program found, with sums over structures and reference energies."""
+        per_atom = self._reference_table()[batch.numbers]
+        own = found.node_energy.double()
+        zero, owner = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device), batch.tensors["batch"]
+        interaction = zero.index_add(0, owner, own)
+        return Prediction(
+            energy=interaction + zero.index_add(0, owner, per_atom),
+            interaction_energy=interaction.to(self.dtype),
+            node_energy=per_atom + own,
+            forces=found.forces,
+            stress=found.stress,
+        )
+
+    def _predict_plainly(self, batch: Batch, *, forces: bool, stress: bool, training: bool) -> Prediction:
         tensors = dict(batch.tensors)
         # The network switches gradients on for the tensor it is given; a fresh one keeps the batch as it is.
         tensors["positions"] = tensors["positions"].detach().clone()

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arrangement import stage
+
 # Where the backbone is reached, in units of the shortest distance. Largest forces below it are the same for 0.6 and
 # 0.8; the wider fade adds less force of its own (test error of aspirin 70.595 and 70.639 meV/A, without it 70.579).
 FADED = 0.6
@@ -113,7 +115,11 @@ class ShortRange(nn.Module):
             self.shortest.view(-1).scatter_reduce_(0, first * n + second, flat, "amin")
         elif self.calibrated:
             limit = self.shortest[first, second].to(lengths).unsqueeze(1)
-            where = (lengths < limit).squeeze(1).nonzero().squeeze(1)
+            short = (lengths < limit).squeeze(1)
+            if now := stage():  # which of them cannot be asked there: none, or the result does not hold
+                now.doubts.append(short.any())
+                return
+            where = short.nonzero().squeeze(1)
             if where.numel():
                 with self._as_backbone():
                     features, _ = embedding(lengths[where], node_attrs, edge_index[:, where], numbers)

@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import nn
 
+from mmea_calc import compiled
 from mmea_calc.adapted import Adapter
 from mmea_calc.backbone import Backbone
 from mmea_calc.fast_path import use_fast_path
@@ -48,6 +49,15 @@ def _defaults_stay() -> Iterator[None]:
     before = torch.get_default_dtype()
     yield
     assert torch.get_default_dtype() == before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of compiled networks: an empty one of the tests' own."""
+    folder = tmp_path_factory.mktemp("programs") / "programs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "program_folder", lambda: folder)
+        yield folder
 
 
 def network_config(**changes: Any) -> dict[str, Any]:

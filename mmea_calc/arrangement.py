@@ -1,0 +1,205 @@
+"""The edges and atoms of a batch in tables of one width, for a network that is compiled for batches of any size.
+
+A compiled network can take no decision that depends on its input. Within `arranged(...)` the forms of the fast path
+therefore do not ask how many neighbours an atom has or which elements are there: they read it from these tables, which
+are filled up to one width, and gates leave out the questions that only save time. Results are the same.
+
+What is filled up gathers zeros, and scatters nothing: `gather` and `scatter` are each other's derivative, so that no
+derivative adds to one address from two places, and results repeat to the bit on any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Incidence:
+    """Slots, each taking its value from one of n rows or from nowhere, and for each row the slots that take from it.
+
+    Attributes:
+        rows: (..., ...) of two dimensions: the row of each slot, 0 where it is empty.
+        empty: of the same shape, bool.
+        slots: (width, n_rows), numbers in the flattened `rows`, 0 where there are no more.
+        missing: (width, n_rows), bool; None where no row lacks any.
+    """
+
+    rows: Tensor
+    empty: Tensor
+    slots: Tensor
+    missing: Tensor | None = None
+
+    def gather(self, x: Tensor, *, blank: bool = True) -> Tensor:
+        """x (n_rows, ...) -> (*rows.shape, ...), zero in empty slots.
+
+        With `blank=False` anything may be in them: for what is multiplied by something that is zero there, which saves
+        the time to make it zero. Derivatives do not see them in either case.
+        """
+        return _Gather.apply(x, self, blank)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """x (*rows.shape, ...) -> (n_rows, ...), the sum over the slots of each row."""
+        return _Scatter.apply(x, self)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, of: Incidence, blank: bool) -> Tensor:
+        ctx.of = of
+        taken = x.index_select(0, of.rows.flatten()).view(*of.rows.shape, *x.shape[1:])
+        return taken.masked_fill(_like(of.empty, taken), 0) if blank else taken
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Scatter.apply(grad, ctx.of), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, of: Incidence) -> Tensor:
+        ctx.of = of
+        taken = x.flatten(0, 1).index_select(0, of.slots.flatten()).view(*of.slots.shape, *x.shape[2:])
+        if of.missing is not None:
+            taken = taken.masked_fill(_like(of.missing, taken), 0)
+        return taken.sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grad, ctx.of, True), None
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.view(*mask.shape, *[1] * (x.dim() - 2))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Of one batch.
+
+    Attributes:
+        edges: slots (width, n_atoms) of the edges that end at each atom.
+        senders: the same slots, of the atoms where these edges begin.
+        atoms: slots (n_present, most) of the atoms of each element.
+        present: positions, in the one-hot encoding, of the elements that are there, (n_present,), at least two of them:
+            one may stand twice.
+        element: position of each atom's element in the one-hot encoding, (n_atoms,).
+    """
+
+    edges: Incidence
+    senders: Incidence
+    atoms: Incidence
+    present: Tensor
+    element: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, for `from_tensors`."""
+        assert self.senders.missing is not None
+        return [
+            *(self.edges.rows, self.edges.empty, self.edges.slots),
+            *(self.senders.rows, self.senders.slots, self.senders.missing),
+            *(self.atoms.rows, self.atoms.empty, self.atoms.slots, self.present, self.element),
+        ]
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor]) -> Arrangement:
+        edge_rows, empty, edge_slots, sender_rows, sender_slots, missing, *of_elements = tensors
+        atom_rows, no_atom, place, present, element = of_elements
+        return cls(
+            Incidence(edge_rows, empty, edge_slots),
+            Incidence(sender_rows, empty, sender_slots, missing),
+            Incidence(atom_rows, no_atom, place),
+            present,
+            element,
+        )
+
+
+def arrange_elements(node_attrs: Tensor) -> tuple[Incidence, Tensor, Tensor]:
+    """`atoms`, `present` and `element` of an `Arrangement`, from one-hot elements (n_atoms, n_elements)."""
+    element = node_attrs.argmax(dim=1)
+    counts = torch.bincount(element, minlength=node_attrs.shape[1])
+    present = counts.nonzero().flatten()
+    n = max(2, len(present))
+    rows, empty, place = _table(torch.searchsorted(present, element), n)
+    if len(present) == 1:
+        present = present.repeat(2)
+    # Here the atoms of one element stand in a row.
+    return Incidence(rows.T.contiguous(), empty.T.contiguous(), place % n * len(rows) + place // n), present, element
+
+
+def arrange(tensors: dict[str, Tensor], elements: tuple[Incidence, Tensor, Tensor] | None = None) -> Arrangement:
+    """The arrangement of the tensors of a `Batch`; `elements` if they are known from before."""
+    atoms, present, element = elements or arrange_elements(tensors["node_attrs"])
+    sender, receiver = tensors["edge_index"]
+    n_atoms = len(element)
+    rows, empty, slots = _table(receiver, n_atoms)
+    begins = torch.where(empty, 0, sender[rows])
+    # The slots in which edges from each atom lie: first those edges, then where each of them lies.
+    sent, missing, _ = _table(sender, n_atoms)
+    senders = Incidence(begins, empty, slots.flatten()[sent], missing)
+    return Arrangement(Incidence(rows, empty, slots), senders, atoms, present, element)
+
+
+def _table(group: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Members of groups as a table of at least two rows; a group is a column.
+
+    Args:
+        group: of each member, (n,).
+
+    Returns:
+        member in each place (width, n_groups), 0 where there is none; whether there is none; the place of each member
+        in the flattened table, (1, n).
+    """
+    n = len(group)
+    order = group.argsort(stable=True)
+    counts = torch.bincount(group, minlength=n_groups)
+    width = max(2, int(counts.max()))
+    sorted_group = group[order]
+    row = torch.arange(n, device=group.device) - (counts.cumsum(0) - counts)[sorted_group]
+    at = row * n_groups + sorted_group
+    rows = torch.zeros(n_groups * width, dtype=torch.int64, device=group.device)
+    empty = torch.ones(n_groups * width, dtype=torch.bool, device=group.device)
+    rows[at] = order
+    empty[at] = False
+    place = torch.empty_like(order)
+    place[order] = at
+    return rows.view(width, n_groups), empty.view(width, n_groups), place.unsqueeze(0)
+
+
+@dataclass
+class Stage:
+    """What the modules of a network share while it runs within `arranged`.
+
+    Attributes:
+        arrangement: of the batch.
+        tables: for each symmetric contraction, in the order of the network, its tables for the elements present.
+        doubts: (bool tensors without dimensions) where one is true, the result does not hold: see `ShortRange`.
+    """
+
+    arrangement: Arrangement
+    tables: list[list[Tensor]] = field(default_factory=list)
+    doubts: list[Tensor] = field(default_factory=list)
+
+
+_STAGE: ContextVar[Stage | None] = ContextVar("mmea_stage", default=None)
+
+
+def stage() -> Stage | None:
+    """What `arranged` was entered with; None outside of it."""
+    return _STAGE.get()
+
+
+@contextmanager
+def arranged(now: Stage) -> Iterator[Stage]:
+    """Within this context the forms of the fast path take everything from `now`."""
+    token = _STAGE.set(now)
+    try:
+        yield now
+    finally:
+        _STAGE.reset(token)

@@ -1,0 +1,392 @@
+"""Networks compiled to machine code: energies, forces and stresses of a batch in one call.
+
+Most of the time of a small molecule goes into the hundreds of small operations that torch starts one by one. `tracing`
+makes one graph of them, derivatives included; torch's inductor fuses it and turns it into machine code (C++ on a CPU,
+Triton on a GPU), once for each *form*: shape of the backbone, form of the adapter, precision, kind of processor. Values
+are inputs of the program. So one program, kept in a folder of the user's (`program_folder()`), serves all adapters of
+that form, and opening it takes milliseconds.
+
+    potential.compile()                   # a minute or two, once
+    potential.predict(batch)              # from now on, in every process
+
+What could go wrong is checked where it would:
+
+| | |
+|---|---|
+| a program stands for another network | its name is a hash of all that the graph depends on (`form_of`) |
+| its results are not those of the network | the first batch of every process is computed by both (`_TOLERANCE`) |
+| values have changed since (another adapter, an edit) | versions of all tensors are compared at every call |
+| it does not cover a case (atoms closer than in training) | it says so itself, and the batch is computed plainly |
+| no compiler, or an operation that inductor does not know | `compile` says so; everything goes on as without |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mace
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .adapted import Adapter
+from .arrangement import Incidence, arrange, arrange_elements
+from .backbone import Backbone
+from .errors import CompilationError
+from .graph import Batch
+from .tracing import Inputs, contraction_forms, example, place_of, trace
+
+PROGRAM_VERSION = 1
+
+# Largest difference to the network's own results, in units of the largest force (at least 1 eV/A).
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a batch: node energies (n_atoms,), eV; forces (n_atoms, 3), eV/A; stress (n_graphs, 3, 3), eV/A^3."""
+
+    node_energy: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+
+def program_folder() -> Path:
+    """Where programs are kept."""
+    return Path.home() / ".cache" / "mmea" / "programs"
+
+
+# --- which program --------------------------------------------------------------------------------------------------
+
+
+def form_of(network: nn.Module, *, stress: bool) -> str:
+    """sha256 (hex) of all that the graph of a network depends on: its modules, their settings, shapes of its tensors.
+
+    Values of tensors are not part of it. Plain attributes of modules are, whatever they are called: what a module
+    decides by cannot be missed.
+    """
+    parts: list[object] = [PROGRAM_VERSION, stress, torch.__version__, mace.__version__, *_processor(network)]
+    for name, module in network.named_modules():
+        settings = {key: value for key, value in vars(module).items() if _is_plain(value)}
+        hooks = [type(h).__name__ for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+        form = type(module.__dict__.get("forward")).__qualname__
+        parts.append((name, type(module).__qualname__, form, module.extra_repr(), sorted(settings.items()), hooks))
+    parts += [(name, tuple(t.shape), str(t.dtype)) for name, t in _named(network)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, bool | int | float | str)  # None is often the place of something that comes and goes
+
+
+def _processor(network: nn.Module) -> tuple[str, ...]:
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        return "cuda", torch.cuda.get_device_name(device)
+    return device.type, platform.machine(), torch.backends.cpu.get_cpu_capability()
+
+
+def _named(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def _sources(network: nn.Module, adapter: Adapter | None) -> dict[str, Tensor]:
+    """Name -> tensors of values that a graph can take: the network's, and what a merged adapter makes of its own."""
+    return {**dict(_named(network)), **(adapter.derived() if adapter is not None else {})}
+
+
+class _Watch:
+    """Tells when any tensor of a network has changed."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers) if store]
+        self._state: tuple[list[Tensor], list[int], list[int]] | None = None
+
+    def changed(self) -> bool:
+        """Whether anything has since the last call (True at the first)."""
+        tensors = [t for store in self._stores for t in store.values() if t is not None]
+        state = tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors]
+        before, self._state = self._state, state
+        if before is None or before[1:] != state[1:]:
+            return True
+        return any(a is not b for a, b in zip(before[0], tensors, strict=True))
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A compiled form, with the values of one network.
+
+    Args:
+        network: whose values; it has the fast path.
+        adapter: what is on it, merged; None if there is none or it is switched off.
+        path: the program's files without their endings.
+
+    Raises:
+        CompilationError: the files are not there, or not what they should be.
+    """
+
+    def __init__(self, network: nn.Module, adapter: Adapter | None, path: Path) -> None:
+        self.network, self.adapter = network, adapter
+        try:
+            with safetensors.safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
+                names = json.loads(file.metadata()["inputs"])
+                device = str(next(network.parameters()).device)
+                self._fixed = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
+            self._run = _load(path.with_suffix(".pt2"))
+        except Exception as problem:  # whatever a foreign or damaged file makes torch raise
+            raise CompilationError(f"{path}.* cannot be opened ({problem}): run `mmea compile` again") from problem
+        self._names: list[str] = names
+        self._forms = contraction_forms(network)
+        self._watch = _Watch(network)
+        self._values: list[Tensor] = []
+        self._elements: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor]] | None = None
+        self._tables: tuple[Tensor, list[list[Tensor]]] | None = None
+
+    def __call__(self, batch: Batch, *, stress: bool) -> Found | None:
+        """Results of a batch; None where they would not hold."""
+        with torch.no_grad():
+            self._renew()
+            tensors = batch.tensors
+            elements = self._elements_of(tensors["node_attrs"])
+            inputs = Inputs.of(batch, arrange(tensors, elements), self._tables_of(elements[1]), stress=stress)
+            *found, doubt = self._run(*inputs.tensors(), *self._values)
+            if bool(doubt):
+                return None
+            of_strain = None
+            if stress:
+                volume = torch.linalg.det(tensors["cell"].view(-1, 3, 3)).abs()
+                of_strain = found[2][:-1] / volume.view(-1, 1, 1)
+                of_strain = torch.where(of_strain.abs() < 1e10, of_strain, 0)  # as mace-torch does without a volume
+            return Found(found[0], found[1], of_strain)
+
+    def _renew(self) -> None:
+        if self._watch.changed() or not self._values:
+            values = {**self._fixed, **_sources(self.network, self.adapter)}
+            self._values = [values[name].detach() for name in self._names]
+            self._tables = None
+
+    def _elements_of(self, node_attrs: Tensor) -> tuple[Incidence, Tensor, Tensor]:
+        """Kept for the tensor seen last: in dynamics it is the same one at every step."""
+        kept = self._elements
+        if kept is None or kept[0] is not node_attrs or kept[1] != node_attrs._version:
+            self._elements = kept = (node_attrs, node_attrs._version, arrange_elements(node_attrs))
+        return kept[2]
+
+    def _tables_of(self, present: Tensor) -> list[list[Tensor]]:
+        if self._tables is None or not torch.equal(self._tables[0], present):
+            self._tables = (present, [form.tables_of(present) for form in self._forms])
+        return self._tables[1]
+
+
+def _load(path: Path) -> Callable[..., list[Tensor]]:
+    from torch._inductor import aoti_load_package
+
+    return cast(Callable[..., list[Tensor]], aoti_load_package(str(path)))
+
+
+class Programs:
+    """The programs of one network, found in the folder and opened where they are needed."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._known: dict[tuple[object, ...], Program | None] = {}
+
+    def forget(self) -> None:
+        """Look into the folder again."""
+        self._known = {}
+
+    def predict(
+        self, adapter: Adapter | None, batch: Batch, *, stress: bool, plainly: Callable[[], Found]
+    ) -> Found | None:
+        """Results of a batch from a program; None where there is none for it.
+
+        Args:
+            adapter: what is on the network.
+            batch: the batch.
+            stress: whether its stresses are wanted.
+            plainly: computes it with the network itself.
+        """
+        if batch.tensors["edge_index"].shape[1] == 0 or batch.n_atoms < 2:
+            return None
+        if adapter is not None and not (adapter.merged and adapter.enabled and not adapter.observed):
+            return None
+        key = _situation(self.network, adapter, stress)
+        if key not in self._known:
+            return self._first(key, adapter, batch, stress=stress, plainly=plainly)
+        program = self._known[key]
+        return None if program is None else program(batch, stress=stress)
+
+    def _first(
+        self,
+        key: tuple[object, ...],
+        adapter: Adapter | None,
+        batch: Batch,
+        *,
+        stress: bool,
+        plainly: Callable[[], Found],
+    ) -> Found | None:
+        """Open the program, if there is one, and compare it with the network."""
+        self._known[key] = None
+        if not program_folder().is_dir():
+            return None
+        path = program_folder() / form_of(self.network, stress=stress)
+        if not path.with_suffix(".safetensors").is_file():
+            return None
+        try:
+            program = Program(self.network, adapter, path)
+        except CompilationError as problem:
+            warnings.warn(str(problem), stacklevel=4)
+            return None
+        try:
+            found = program(batch, stress=stress)
+        except Exception as problem:  # whatever a program for something else makes torch raise
+            warnings.warn(f"{path}.pt2 fails ({problem}) and is not used: run `mmea compile` again", stacklevel=4)
+            return None
+        if found is None:  # this batch says nothing: the next one will be asked
+            del self._known[key]
+            return None
+        difference, allowed = disagreement(found, plainly())
+        if not difference <= allowed:
+            warnings.warn(
+                f"{path}.pt2 differs from the network it was made for (forces by {difference:.2g} eV/A, expected at "
+                f"most {allowed:.2g}) and is not used: run `mmea compile` again",
+                stacklevel=4,
+            )
+            return None
+        self._known[key] = program
+        return found
+
+
+def _situation(network: nn.Module, adapter: Adapter | None, stress: bool) -> tuple[object, ...]:
+    """Changes whenever `form_of` may: quick to ask, at every call."""
+    parameter = next(network.parameters())
+    return stress, parameter.dtype, parameter.device, adapter, None if adapter is None else adapter.situation()
+
+
+def disagreement(one: Found, other: Found) -> tuple[float, float]:
+    """Largest difference of two results in forces and node energies, eV/A and eV, and how much rounding explains."""
+    scale = max(1.0, float(other.forces.abs().max()), float(other.node_energy.abs().max()))
+    pairs = [(one.node_energy, other.node_energy), (one.forces, other.forces)]
+    if one.stress is not None and other.stress is not None:
+        pairs.append((one.stress, other.stress))
+    worst = max(float((a - b).abs().max()) for a, b in pairs)
+    return worst, _TOLERANCE[other.forces.dtype] * scale
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+
+def compile_program(
+    network: nn.Module, adapter: Adapter | None, backbone: Backbone, *, stress: bool, plainly: Callable[[Batch], Found]
+) -> Path:
+    """Make the program of this network as it is, unless it is there.
+
+    Returns:
+        its path without ending.
+
+    Raises:
+        CompilationError: it cannot be made here, or is not the network: nothing is kept then.
+    """
+    if adapter is not None and not adapter.merged:
+        raise CompilationError("an adapter must be merged before its network is compiled")
+    path = program_folder() / form_of(network, stress=stress)
+    if path.with_suffix(".safetensors").is_file():
+        return path
+    batch = example(
+        backbone.elements,
+        backbone.r_max,
+        head_index=backbone.head_index,
+        dtype=backbone.dtype,
+        device=backbone.device,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "program"
+        try:
+            _compile(network, adapter, batch, backbone.head_index, made, stress=stress)
+        except Exception as problem:  # inductor raises whatever its passes and the compiler raise
+            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
+            raise CompilationError(
+                f"this network cannot be compiled here ({type(problem).__name__}: {reason[:200]}); a C++ compiler is "
+                "needed (g++ or clang), and everything works without"
+            ) from problem
+        found = Program(network, adapter, made)(batch, stress=stress)
+        if found is not None:
+            difference, allowed = disagreement(found, plainly(batch))
+            if not difference <= allowed:
+                raise CompilationError(
+                    f"the compiled network differs from the network by {difference:.2g} eV/A, expected at most "
+                    f"{allowed:.2g}: it is not kept"
+                )
+        for ending in (".pt2", ".safetensors"):  # in this order: the second says that the first is whole
+            made.with_suffix(ending).replace(path.with_suffix(ending))
+    return path
+
+
+def _compile(
+    network: nn.Module, adapter: Adapter | None, batch: Batch, head_index: int, path: Path, *, stress: bool
+) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch.export import Dim, export
+
+    traced = trace(network, batch, head_index, stress=stress)
+    of_place = {place_of(t): name for name, t in _sources(network, adapter).items()}
+    names, fixed = [], {}
+    for i, tensor in enumerate(traced.constants):
+        name = of_place.get(place_of(tensor))
+        if name is None:
+            name = f"fixed.{i}"
+            fixed[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        names.append(name)
+    inputs = [*traced.inputs.tensors(), *traced.constants]
+    dynamic: list[set[int]] = [*traced.inputs.dynamic(), *(set() for _ in traced.constants)]
+    shapes = tuple(
+        {d: Dim.AUTO if d in which else Dim.STATIC for d in range(t.dim())}
+        for t, which in zip(inputs, dynamic, strict=True)
+    )
+    with _quiet():
+        exported = export(_Flat(traced.graph), tuple(inputs), dynamic_shapes=(shapes,), strict=False)
+        aoti_compile_and_package(
+            exported,
+            package_path=str(path.with_suffix(".pt2")),
+            inductor_configs={"cpp.dynamic_threads": True},
+        )
+    safetensors.torch.save_file(fixed, path.with_suffix(".safetensors"), metadata={"inputs": json.dumps(names)})
+
+
+class _Flat(nn.Module):
+    """What `torch.export` takes."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.traced(*inputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+__all__ = ["Found", "Program", "Programs", "compile_program", "form_of", "program_folder"]

@@ -1,0 +1,70 @@
+"""Spherical harmonics with all sums written out, for a compiled network.
+
+e3nn 0.4.4 has them as a TorchScript function, which cannot be followed by symbols. Here each order follows from the one
+before and the first,
+
+    Y_(l+1),k = f_l sum_ab C^(l,1,l+1)_abk Y_l,a Y_1,b,
+
+which is true of all of them up to the factor f_l; it, and Y_1, are read off e3nn's own values.
+"""
+
+from __future__ import annotations
+
+from functools import cache, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._e3nn import o3
+
+
+def reason_not_written_out(module: Any) -> str | None:
+    """Why `written_out` does not stand for this `o3.SphericalHarmonics`; None if it does."""
+    orders = list(module._ls_list)
+    if orders != list(range(len(orders))) or not module.normalize or module.normalization != "component":
+        return "its orders are not 0, 1, 2, ..., normalised by component"
+    return None
+
+
+def written_out(vectors: Tensor, l_max: int) -> Tensor:
+    """Harmonics of orders 0 to `l_max` of the directions of vectors (n, 3), by component: (n, (l_max + 1)^2)."""
+    x = F.normalize(vectors, dim=-1).unbind(-1)
+    ones = torch.ones_like(x[0])
+    orders: list[list[Tensor]] = [[ones]]
+    for terms in _terms(l_max):
+        before, one = orders[-1], orders[1] if len(orders) > 1 else list(x)
+        orders.append([_sum(c * before[a] * one[b] for a, b, c in of_k) for of_k in terms])
+    return torch.stack([y for order in orders for y in order], dim=-1)
+
+
+def _sum(tensors: Any) -> Tensor:
+    return reduce(torch.add, tensors)
+
+
+@cache
+def _terms(l_max: int) -> list[list[list[tuple[int, int, float]]]]:
+    """For each order from 1, for each component k: (a, b, factor) of the products of the order before and the first.
+
+    Those of order 1 are of Y_0 = 1 and the direction itself.
+    """
+    direction = F.normalize(torch.tensor([[0.3, -0.5, 0.8]], dtype=torch.float64), dim=-1)
+
+    def values(order: int, x: Tensor) -> Tensor:
+        return o3.spherical_harmonics(order, x, normalize=True, normalization="component")
+
+    found = []
+    for order in range(1, l_max + 1):
+        if order == 1:
+            coupling = values(1, torch.eye(3, dtype=torch.float64))[None]  # (1, b, k)
+        else:
+            coupling = o3.wigner_3j(order - 1, 1, order, dtype=torch.float64)
+            made = torch.einsum("abk,a,b->k", coupling, values(order - 1, direction)[0], values(1, direction)[0])
+            exact = values(order, direction)[0]
+            coupling = coupling * (exact @ made) / (made @ made)
+        of_order: list[list[tuple[int, int, float]]] = [[] for _ in range(2 * order + 1)]
+        for a, b, k in (coupling.abs() > 1e-12).nonzero().tolist():
+            of_order[k].append((a, b, float(coupling[a, b, k])))
+        found.append(of_order)
+    return found
