@@ -66,7 +66,17 @@ app.command()(info)
 app.command()(inspect)
 app.command()(analyse)
 app.command(cls=several_values({"--methods": any_word, "--seeds": is_number}))(compare)
-app.command(cls=several_values({"--methods": any_word, "--seeds": is_number, "--molecules": any_word}))(benchmark)
+app.command(
+    cls=several_values(
+        {
+            "--methods": any_word,
+            "--seeds": is_number,
+            "--molecules": any_word,
+            "--replicas": is_number,
+            "--atoms": is_number,
+        }
+    )
+)(benchmark)
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(export_app, name="export")
 

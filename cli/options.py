@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-MODEL, TRAINING = "Backbone and device", "Training"
+MODEL, TRAINING, SPEED = "Backbone and device", "Training", "Of speed"
 Dtype = Literal["float32", "float64"]
 
 # Of commands that take an adapter or a backbone: md, check.

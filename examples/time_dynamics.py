@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
-from ase.io import read
 from ase.md.langevin import Langevin
-from time_one_call import START, mace_calculator
 
 from mmea_calc import MMEACalculator
+from mmea_calc.benchmark.speed import SpeedConfig, aspirin, mace_calculator
 from mmea_calc.config import MDConfig
 from mmea_calc.md import open_potential
 from mmea_calc.md.simulation import Simulation
@@ -46,8 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    atoms = read(START)
-    assert isinstance(atoms, Atoms)
+    atoms = aspirin()
     potential = open_potential(options.adapter, device="cpu")
     config = MDConfig(temperatures_K=tuple(options.temperatures), replicas=options.replicas)
     simulation = Simulation(potential, [atoms], config)
@@ -61,10 +59,11 @@ def main() -> None:
 
     adapter = None if potential.adapter is None else options.adapter
     own = MMEACalculator(adapter, backbone=None if adapter else options.adapter, device="cpu")
+    theirs = mace_calculator(SpeedConfig(backbone=own.backbone.name, device="cpu"))
     contestants: dict[str, tuple[int, Callable[[int], object]]] = {
         f"mmea, {n} replicas in one batch": (n, batch),
         "ASE Langevin, MMEACalculator": (1, langevin(atoms, own)),
-        "ASE Langevin, MACECalculator, bare": (1, langevin(atoms, mace_calculator(own.backbone.name, "float32"))),
+        "ASE Langevin, MACECalculator, bare": (1, langevin(atoms, theirs)),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     with potential.folded():

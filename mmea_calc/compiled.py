@@ -30,10 +30,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import mace
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,13 @@ def form_of(network: nn.Module, *, stress: bool) -> str:
     Values of tensors are not part of it. Plain attributes of modules are, whatever they are called: what a module
     decides by cannot be missed.
     """
-    parts: list[object] = [PROGRAM_VERSION, stress, torch.__version__, mace.__version__, *_processor(network)]
+    parts: list[object] = [
+        PROGRAM_VERSION,
+        stress,
+        torch.__version__,
+        metadata.version("mace-torch"),
+        *_processor(network),
+    ]
     for name, module in network.named_modules():
         settings = {key: value for key, value in vars(module).items() if _is_plain(value)}
         hooks = [type(h).__name__ for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]

@@ -247,7 +247,9 @@ def test_what_a_program_does_not_cover_is_computed_plainly(monkeypatch: pytest.M
     assert_agree(potential, batch_of(Atoms("H")))
     seen: list[float] = []
     gate = list(potential.adapter.gates.values())[-1]  # not one that became a table
-    hook = gate.register_forward_pre_hook(lambda gate, inputs: seen.append(float(gate.excess(inputs[0]).max())))
+    hook = gate.register_forward_pre_hook(
+        lambda gate, inputs: seen.append(float(gate.excess(inputs[0]).detach().max()))
+    )
     assert_agree(potential, batches()["molecule"])
     hook.remove()
     with potential.adapter_disabled():

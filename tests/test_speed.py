@@ -1,0 +1,68 @@
+"""The benchmark of speed measures what it says; its figures are nobody's promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mmea_calc.benchmark.speed import BATCH, SpeedConfig, Timed, aspirin, mace_calculator, open_backbone, training_step
+from mmea_calc.calculator import MMEACalculator
+from mmea_cli.main import app
+
+
+def test_both_sides_compute_the_same_network() -> None:
+    config = SpeedConfig(device="cpu", dtype="float64")
+    ours, theirs = MMEACalculator(backbone=open_backbone(config)), mace_calculator(config)
+    atoms = aspirin()
+    torch.testing.assert_close(
+        torch.tensor(ours.get_forces(atoms)), torch.tensor(theirs.get_forces(atoms)), rtol=0, atol=1e-9
+    )
+
+
+def test_the_papers_shape_has_the_papers_number_of_adapter_parameters() -> None:
+    from mmea_calc.adapted import attach
+    from mmea_calc.config import AdapterConfig
+
+    network = open_backbone(SpeedConfig(backbone="paper-shape", device="cpu")).network
+    assert attach(network, AdapterConfig(method="mmea"), start=False).n_parameters == 151354
+
+
+def test_a_training_step_gives_gradients_of_all_that_trains() -> None:
+    step, _ = training_step(SpeedConfig(device="cpu"), ours=True)
+    gradients = step()
+    assert isinstance(gradients, tuple)
+    assert sum(g is not None and bool(g.any()) for g in gradients) > len(gradients) / 3
+    assert BATCH == 5
+
+
+def test_a_ratio_above_one_is_better_in_every_unit() -> None:
+    assert Timed("", 2.0, 10.0, "ms").ratio == 5
+    assert Timed("", 10.0, 2.0, "steps/s").ratio == 5
+    assert Timed("", None, 2.0, "ms").ratio is None
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    words = ["benchmark", "speed", "--no-compile", "--replicas", "2", "--atoms", "8", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "speed.json")])
+    assert result.exit_code == 0, result.output
+    for line in ("one call, aspirin", "2 replicas of aspirin", "training step", "memory of that step", "adapter costs"):
+        assert line in result.output
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["benchmark", "speed", "--data", "somewhere"], "speed needs none"),
+        (["benchmark", "rmd17"], "rmd17 needs --data and --output"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(words: list[str], problem: str) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert problem in result.output
