@@ -38,7 +38,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .adapted import Adapter
+from .adapted import Adapter, attached
 from .arrangement import Incidence, arrange, arrange_elements
 from .backbone import Backbone
 from .errors import CompilationError
@@ -68,7 +68,7 @@ def program_folder() -> Path:
 # --- which program --------------------------------------------------------------------------------------------------
 
 
-def form_of(network: nn.Module, *, stress: bool) -> str:
+def form_of(network: nn.Module, *, head_index: int = 0, stress: bool) -> str:
     """sha256 (hex) of all that the graph of a network depends on: its modules, their settings, shapes of its tensors.
 
     Values of tensors are not part of it. Plain attributes of modules are, whatever they are called: what a module
@@ -76,6 +76,7 @@ def form_of(network: nn.Module, *, stress: bool) -> str:
     """
     parts: list[object] = [
         PROGRAM_VERSION,
+        head_index,
         stress,
         torch.__version__,
         metadata.version("mace-torch"),
@@ -207,12 +208,21 @@ def _load(path: Path) -> Callable[..., list[Tensor]]:
     return cast(Callable[..., list[Tensor]], aoti_load_package(str(path)))
 
 
-class Programs:
-    """The programs of one network, found in the folder and opened where they are needed."""
+@dataclass
+class _Opened:
+    """A program, and whether it has been compared with its network."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._known: dict[tuple[object, ...], Program | None] = {}
+    program: Program
+    path: Path
+    proven: bool = False
+
+
+class Programs:
+    """The programs of one backbone, found in the folder and opened where they are needed."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._known: dict[tuple[object, ...], _Opened | None] = {}
 
     def forget(self) -> None:
         """Look into the folder again."""
@@ -231,59 +241,57 @@ class Programs:
         """
         if batch.tensors["edge_index"].shape[1] == 0 or batch.n_atoms < 2:
             return None
+        if attached(self.backbone.network) is not adapter:
+            return None
         if adapter is not None and not (adapter.merged and adapter.enabled and not adapter.observed):
             return None
-        key = _situation(self.network, adapter, stress)
+        key = (adapter, *_situation(self.backbone, adapter, stress))
         if key not in self._known:
-            return self._first(key, adapter, batch, stress=stress, plainly=plainly)
-        program = self._known[key]
-        return None if program is None else program(batch, stress=stress)
-
-    def _first(
-        self,
-        key: tuple[object, ...],
-        adapter: Adapter | None,
-        batch: Batch,
-        *,
-        stress: bool,
-        plainly: Callable[[], Found],
-    ) -> Found | None:
-        """Open the program, if there is one, and compare it with the network."""
+            self._known = {k: v for k, v in self._known.items() if k[0] is adapter}  # others may be gone for ever
+            self._known[key] = self._open(adapter, stress=stress)
+        opened = self._known[key]
+        if opened is None:
+            return None
+        if opened.proven:
+            return opened.program(batch, stress=stress)
+        try:
+            found = opened.program(batch, stress=stress)
+            if found is None:  # this batch says nothing: the next one will be asked
+                return None
+            difference, allowed = disagreement(found, plainly())
+            problem = f"forces differ by {difference:.2g} eV/A, expected at most {allowed:.2g}"
+            opened.proven = difference <= allowed
+        except Exception as failure:  # whatever a program for something else makes torch raise
+            problem = str(failure)
+        if opened.proven:
+            return found
         self._known[key] = None
+        warnings.warn(
+            f"{opened.path}.pt2 does not give what its network gives ({problem}) and is not used: "
+            "run `mmea compile` again",
+            stacklevel=3,
+        )
+        return None
+
+    def _open(self, adapter: Adapter | None, *, stress: bool) -> _Opened | None:
         if not program_folder().is_dir():
             return None
-        path = program_folder() / form_of(self.network, stress=stress)
+        network = self.backbone.network
+        path = program_folder() / form_of(network, head_index=self.backbone.head_index, stress=stress)
         if not path.with_suffix(".safetensors").is_file():
             return None
         try:
-            program = Program(self.network, adapter, path)
+            return _Opened(Program(network, adapter, path), path)
         except CompilationError as problem:
             warnings.warn(str(problem), stacklevel=4)
             return None
-        try:
-            found = program(batch, stress=stress)
-        except Exception as problem:  # whatever a program for something else makes torch raise
-            warnings.warn(f"{path}.pt2 fails ({problem}) and is not used: run `mmea compile` again", stacklevel=4)
-            return None
-        if found is None:  # this batch says nothing: the next one will be asked
-            del self._known[key]
-            return None
-        difference, allowed = disagreement(found, plainly())
-        if not difference <= allowed:
-            warnings.warn(
-                f"{path}.pt2 differs from the network it was made for (forces by {difference:.2g} eV/A, expected at "
-                f"most {allowed:.2g}) and is not used: run `mmea compile` again",
-                stacklevel=4,
-            )
-            return None
-        self._known[key] = program
-        return found
 
 
-def _situation(network: nn.Module, adapter: Adapter | None, stress: bool) -> tuple[object, ...]:
+def _situation(backbone: Backbone, adapter: Adapter | None, stress: bool) -> tuple[object, ...]:
     """Changes whenever `form_of` may: quick to ask, at every call."""
-    parameter = next(network.parameters())
-    return stress, parameter.dtype, parameter.device, adapter, None if adapter is None else adapter.situation()
+    parameter = next(backbone.network.parameters())
+    asked = None if adapter is None else adapter.situation()
+    return stress, backbone.head, parameter.dtype, parameter.device, asked
 
 
 def disagreement(one: Found, other: Found) -> tuple[float, float]:
@@ -300,9 +308,15 @@ def disagreement(one: Found, other: Found) -> tuple[float, float]:
 
 
 def compile_program(
-    network: nn.Module, adapter: Adapter | None, backbone: Backbone, *, stress: bool, plainly: Callable[[Batch], Found]
+    backbone: Backbone, adapter: Adapter | None, *, stress: bool, plainly: Callable[[Batch], Found]
 ) -> Path:
-    """Make the program of this network as it is, unless it is there.
+    """Make the program of this backbone with this adapter as they are, unless it is there.
+
+    Args:
+        backbone: on the fast path.
+        adapter: what is on it, merged.
+        stress: for calls that compute stresses.
+        plainly: computes a batch with the network itself.
 
     Returns:
         its path without ending.
@@ -312,7 +326,8 @@ def compile_program(
     """
     if adapter is not None and not adapter.merged:
         raise CompilationError("an adapter must be merged before its network is compiled")
-    path = program_folder() / form_of(network, stress=stress)
+    network = backbone.network
+    path = program_folder() / form_of(network, head_index=backbone.head_index, stress=stress)
     if path.with_suffix(".safetensors").is_file():
         return path
     batch = example(

@@ -59,7 +59,7 @@ class Potential:
         self._own_energies: dict[int, float] = dict(backbone.atomic_energies)
         self._adapter_energies: dict[int, float] | None = None
         self._table: Tensor | None = None
-        self._programs = Programs(backbone.network)
+        self._programs = Programs(backbone)
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Potential:
             return self._found_plainly(batch, stress=stress)
 
         with self.folded():
-            path = compile_program(self.backbone.network, self.adapter, self.backbone, stress=stress, plainly=plainly)
+            path = compile_program(self.backbone, self.adapter, stress=stress, plainly=plainly)
         self._programs.forget()
         return path
 

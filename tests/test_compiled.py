@@ -133,6 +133,8 @@ def test_the_form_is_of_shapes_and_settings_and_not_of_values() -> None:
         return form_of(network, stress=stress)
 
     assert form() == form(seed=1)
+    network = random_network()
+    assert form_of(network, head_index=0, stress=False) != form_of(network, head_index=1, stress=False)
     others = [
         form(stress=True),
         form(method="gates"),
@@ -256,6 +258,8 @@ def test_what_a_program_does_not_cover_is_computed_plainly(monkeypatch: pytest.M
         assert_agree(potential, batches()["molecule"])
     potential.adapter.unmerge()
     assert_agree(potential, batches()["molecule"])
+    bare = Potential(potential.backbone)  # does not know of the adapter that is on its network
+    assert_agree(bare, batches()["molecule"])
     assert counted.calls == calls
     assert seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ def test_both_sides_compute_the_same_network() -> None:
     )
 
 
-def test_the_papers_shape_has_the_papers_number_of_adapter_parameters() -> None:
-    from mmea_calc.adapted import attach
-    from mmea_calc.config import AdapterConfig
-
-    network = open_backbone(SpeedConfig(backbone="paper-shape", device="cpu")).network
-    assert attach(network, AdapterConfig(method="mmea"), start=False).n_parameters == 151354
+def test_the_papers_shape_is_that_of_the_medium_network() -> None:
+    backbone = open_backbone(SpeedConfig(backbone="paper-shape", device="cpu"))
+    network: Any = backbone.network
+    assert str(network.products[0].linear.irreps_out) == "128x0e+128x1o"
+    assert str(network.spherical_harmonics.irreps_out) == "1x0e+1x1o+1x2e+1x3o"
+    assert (len(network.interactions), backbone.r_max) == (2, 5.0)
+    assert network.products[0].symmetric_contractions.contractions[0].correlation == 3
 
 
 def test_a_training_step_gives_gradients_of_all_that_trains() -> None:
