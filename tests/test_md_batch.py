@@ -236,12 +236,15 @@ def test_bonds_across_cell_boundaries_are_bonds() -> None:
     assert rows[NAMES.index("formed_bonds"), 0] == 0
 
 
-def test_gates_outside_their_range_and_the_bare_forces_are_seen() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) -> None:
     potential = tiny_potential()
     adapter = potential.adapter = attach(potential.backbone.network, AdapterConfig(method="gates", gate_rank=4))
     randomise(adapter, std=0.5)
     with adapter.recording():
         potential.predict_graphs([potential.graph(ethanol())])
+    if merged:  # as in a run
+        adapter.merge()
     simulation = simulate(
         potential, [ethanol()], 0, temperatures_K=(300.0,), stats_every=2, drift_every=4, traj_every=2
     )

@@ -15,6 +15,8 @@ _AXES: dict[Quantity, str] = {"energy": "Energy {} (meV)", "forces": "Forces {} 
 _MARKS = "osD^vP*X<>"
 # Inches that a column takes, and what is around the panels.
 _COLUMN, _AROUND = 0.85, 2.0
+# And a name in the legend.
+_NAME = 2.6
 
 
 def draw(table: ResultTable, path: str | Path) -> Path | None:
@@ -31,16 +33,21 @@ def draw(table: ResultTable, path: str | Path) -> Path | None:
     if not shown:
         return None
     width = max(4.0, _AROUND + _COLUMN * len(table.columns))
-    figure, panels = make_panels(1, len(shown), size=(width * len(shown), 4.2), title=table.title)
+    across = max(2, int(width * len(shown) / _NAME))
+    lines = -(-len(table.rows) // across)
+    figure, panels = make_panels(1, len(shown), size=(width * len(shown), 4.2 + 0.2 * lines), title=table.title)
     for axes, quantity in zip(panels, shown, strict=True):
         _panel(axes, table, quantity)
-        finish_panel(axes, "", _AXES[quantity].format(table.measure.upper()), legend=quantity == shown[-1])
+        finish_panel(axes, "", _AXES[quantity].format(table.measure.upper()), legend=False)
+    handles, names = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=across, fontsize=8, frameon=False)
     return save_figure(figure, Path(path))
 
 
 def _panel(axes: Axes, table: ResultTable, quantity: Quantity) -> None:
     methods = [row.method for row in table.rows if row.kind == "method"]
     step = 0.7 / max(len(methods), 1)
+    told = False
     for row in table.rows:
         if row.kind == "zero-shot":
             _bare(axes, table, row, quantity)
@@ -58,13 +65,15 @@ def _panel(axes: Axes, table: ResultTable, quantity: Quantity) -> None:
             [value.mean for _, value in points],
             yerr=None if hollow else [value.std or 0.0 for _, value in points],
             linestyle="none",
-            marker=_MARKS[i % len(_MARKS)],
+            marker=_MARKS[(i + i // len(PALETTE)) % len(_MARKS)],  # no two methods look the same
             markersize=6,
             capsize=3,
             color=colour,
             markerfacecolor="none" if hollow else colour,
-            label=row.label,
+            # One line for all that is published; what is hollow is of the method that looks the same.
+            label=None if hollow and told else "published (hollow)" if hollow else row.label,
         )
+        told = told or hollow
     axes.set_xticks(range(len(table.columns)), table.headings, rotation=30 if len(table.columns) > 3 else 0)
     axes.set_xlim(-0.6, len(table.columns) - 0.4)
     plain_log_scale(axes)
