@@ -17,6 +17,7 @@ What could go wrong is checked where it would:
 | its results are not those of the network | the first batch of every process is computed by both (`_TOLERANCE`) |
 | values have changed since (another adapter, an edit) | versions of all tensors are compared at every call |
 | it does not cover a case (atoms closer than in training) | it says so itself, and the batch is computed plainly |
+| most of the tables would be empty (a crystal among many small molecules) | that batch is computed plainly |
 | no compiler, or an operation that inductor does not know | `compile` says so; everything goes on as without |
 """
 
@@ -46,6 +47,10 @@ from .graph import Batch
 from .tracing import Inputs, contraction_forms, example, place_of, trace
 
 PROGRAM_VERSION = 1
+
+# A batch is computed plainly where its tables have more slots than this, and this many times as many as it has edges:
+# a few atoms with many neighbours among many with few.
+SLOTS, FILLED = 100_000, 3
 
 # Largest difference to the network's own results, in units of the largest force (at least 1 eV/A).
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -167,12 +172,15 @@ class Program:
         self._tables: tuple[Tensor, list[list[Tensor]]] | None = None
 
     def __call__(self, batch: Batch, *, stress: bool) -> Found | None:
-        """Results of a batch; None where they would not hold."""
+        """Results of a batch; None where they would not hold, or most of the tables would be empty."""
         with torch.no_grad():
             self._renew()
             tensors = batch.tensors
             elements = self._elements_of(tensors["node_attrs"])
-            inputs = Inputs.of(batch, arrange(tensors, elements), self._tables_of(elements[1]), stress=stress)
+            arrangement = arrange(tensors, elements)
+            if arrangement.edges.rows.numel() > max(SLOTS, FILLED * tensors["edge_index"].shape[1]):
+                return None
+            inputs = Inputs.of(batch, arrangement, self._tables_of(elements[1]), stress=stress)
             *found, doubt = self._run(*inputs.tensors(), *self._values)
             if bool(doubt):
                 return None

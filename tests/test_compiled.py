@@ -247,6 +247,10 @@ def test_what_a_program_does_not_cover_is_computed_plainly(monkeypatch: pytest.M
     squeezed.positions *= 0.45  # closer than the adapter's training data: radial functions fade
     assert_agree(potential, batch_of(squeezed))
     assert_agree(potential, batch_of(Atoms("H")))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "SLOTS", 0)
+        patch.setattr(compiled, "FILLED", 1)
+        assert_agree(potential, batches()["mixed"])
     seen: list[float] = []
     gate = list(potential.adapter.gates.values())[-1]  # not one that became a table
     hook = gate.register_forward_pre_hook(
