@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from .options import Device
+from .options import OwnBackbone, OwnDevice, OwnDtype, OwnHead
 
 
 def compile(
     source: Annotated[
         str, typer.Argument(metavar="ADAPTER|BACKBONE", help="An .adapter file, or a backbone.", show_default=False)
     ],
-    backbone: Annotated[
-        str | None, typer.Option(help="Name or path of the adapter's backbone, if it is not found by itself.")
-    ] = None,
-    dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Precision of the network.")] = "float32",
-    device: Device = None,
+    backbone: OwnBackbone = None,
+    head: OwnHead = None,
+    device: OwnDevice = None,
+    dtype: OwnDtype = None,
     stress: Annotated[
         bool, typer.Option("--stress/--no-stress", help="Also the calls that compute stresses (periodic structures).")
     ] = True,
@@ -30,15 +28,14 @@ def compile(
     """
     import time
 
-    from mmea_calc.calculator import MMEACalculator
+    from mmea_calc.md import open_potential
 
     from .console import say
 
-    adapter = source if Path(source).suffix == ".adapter" else None
-    calculator = MMEACalculator(adapter, source if adapter is None else backbone, device=device or "auto", dtype=dtype)
+    potential = open_potential(source, backbone=backbone, head=head, device=device or "auto", dtype=dtype or "float32")
     for wanted in (False, True) if stress else (False,):
         began = time.monotonic()
-        path = calculator.potential.compile(stress=wanted)
+        path = potential.compile(stress=wanted)
         what = "energies, forces and stresses" if wanted else "energies and forces"
         seconds = time.monotonic() - began
         say(f"{what}: {path.with_suffix('.pt2')}" + (f", {seconds:.0f} s" if seconds > 1 else ", was there"))

@@ -15,7 +15,7 @@ from mmea_calc.errors import MMEAError
 
 from .analyse import analyse
 from .backbone import app as backbone_app
-from .benchmark import benchmark
+from .benchmark import app as benchmark_app
 from .check import check
 from .compare import compare
 from .compile import compile
@@ -66,17 +66,7 @@ app.command()(info)
 app.command()(inspect)
 app.command()(analyse)
 app.command(cls=several_values({"--methods": any_word, "--seeds": is_number}))(compare)
-app.command(
-    cls=several_values(
-        {
-            "--methods": any_word,
-            "--seeds": is_number,
-            "--molecules": any_word,
-            "--replicas": is_number,
-            "--atoms": is_number,
-        }
-    )
-)(benchmark)
+app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(export_app, name="export")
 

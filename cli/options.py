@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-MODEL, TRAINING, SPEED = "Backbone and device", "Training", "Of speed"
+MODEL, TRAINING = "Backbone and device", "Training"
 Dtype = Literal["float32", "float64"]
 
 # Of commands that take an adapter or a backbone: md, check.

@@ -10,11 +10,12 @@ derivative adds to one address from two places, and results repeat to the bit on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +92,13 @@ class Arrangement:
             one may stand twice.
         element: position of each atom's element in the one-hot encoding, (n_atoms,).
     """
+
+    # For each of `tensors`, the dimensions that differ from batch to batch.
+    DYNAMIC: ClassVar[tuple[set[int], ...]] = (
+        *({0, 1}, {0, 1}, {1}),
+        *({0, 1}, {0, 1}, {0, 1}),
+        *({0, 1}, {0, 1}, {1}, {0}, {0}),
+    )
 
     edges: Incidence
     senders: Incidence
@@ -178,13 +186,18 @@ class Stage:
 
     Attributes:
         arrangement: of the batch.
-        tables: for each symmetric contraction, in the order of the network, its tables for the elements present.
+        tables: form of a symmetric contraction -> its tables for the elements present.
         doubts: (bool tensors without dimensions) where one is true, the result does not hold: see `ShortRange`.
     """
 
     arrangement: Arrangement
-    tables: list[list[Tensor]] = field(default_factory=list)
+    tables: Mapping[Any, list[Tensor]]
     doubts: list[Tensor] = field(default_factory=list)
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum, written out."""
+    return reduce(torch.add, tensors)
 
 
 _STAGE: ContextVar[Stage | None] = ContextVar("mmea_stage", default=None)

@@ -29,7 +29,6 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,13 +43,15 @@ from .arrangement import Incidence, arrange, arrange_elements
 from .backbone import Backbone
 from .errors import CompilationError
 from .graph import Batch
+from .mace_bridge import quiet
+from .tensor_state import State, same_state, state_of
 from .tracing import Inputs, contraction_forms, example, place_of, trace
 
 PROGRAM_VERSION = 1
 
 # A batch is computed plainly where its tables have more slots than this, and this many times as many as it has edges:
 # a few atoms with many neighbours among many with few.
-SLOTS, FILLED = 100_000, 3
+MANY_SLOTS, FILLED = 100_000, 3
 
 # Largest difference to the network's own results, in units of the largest force (at least 1 eV/A).
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -73,7 +74,7 @@ def program_folder() -> Path:
 # --- which program --------------------------------------------------------------------------------------------------
 
 
-def form_of(network: nn.Module, *, head_index: int = 0, stress: bool) -> str:
+def form_of(network: nn.Module, *, head_index: int, stress: bool) -> str:
     """sha256 (hex) of all that the graph of a network depends on: its modules, their settings, shapes of its tensors.
 
     Values of tensors are not part of it. Plain attributes of modules are, whatever they are called: what a module
@@ -122,23 +123,6 @@ def _sources(network: nn.Module, adapter: Adapter | None) -> dict[str, Tensor]:
     return {**dict(_named(network)), **(adapter.derived() if adapter is not None else {})}
 
 
-class _Watch:
-    """Tells when any tensor of a network has changed."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers) if store]
-        self._state: tuple[list[Tensor], list[int], list[int]] | None = None
-
-    def changed(self) -> bool:
-        """Whether anything has since the last call (True at the first)."""
-        tensors = [t for store in self._stores for t in store.values() if t is not None]
-        state = tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors]
-        before, self._state = self._state, state
-        if before is None or before[1:] != state[1:]:
-            return True
-        return any(a is not b for a, b in zip(before[0], tensors, strict=True))
-
-
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
@@ -166,8 +150,10 @@ class Program:
             raise CompilationError(f"{path}.* cannot be opened ({problem}): run `mmea compile` again") from problem
         self._names: list[str] = names
         self._forms = contraction_forms(network)
-        self._watch = _Watch(network)
+        # A module keeps its dictionaries for life, while a change of precision replaces the buffers in them.
+        self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers)]
         self._values: list[Tensor] = []
+        self._values_for: State = ()
         self._elements: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor]] | None = None
         self._tables: tuple[Tensor, list[list[Tensor]]] | None = None
 
@@ -178,7 +164,7 @@ class Program:
             tensors = batch.tensors
             elements = self._elements_of(tensors["node_attrs"])
             arrangement = arrange(tensors, elements)
-            if arrangement.edges.rows.numel() > max(SLOTS, FILLED * tensors["edge_index"].shape[1]):
+            if arrangement.edges.rows.numel() > max(MANY_SLOTS, FILLED * tensors["edge_index"].shape[1]):
                 return None
             inputs = Inputs.of(batch, arrangement, self._tables_of(elements[1]), stress=stress)
             *found, doubt = self._run(*inputs.tensors(), *self._values)
@@ -192,7 +178,9 @@ class Program:
             return Found(found[0], found[1], of_strain)
 
     def _renew(self) -> None:
-        if self._watch.changed() or not self._values:
+        state = state_of(t for store in self._stores for t in store.values() if t is not None)
+        if not same_state(state, self._values_for):
+            self._values_for = state
             values = {**self._fixed, **_sources(self.network, self.adapter)}
             self._values = [values[name].detach() for name in self._names]
             self._tables = None
@@ -390,7 +378,7 @@ def _compile(
         {d: Dim.AUTO if d in which else Dim.STATIC for d in range(t.dim())}
         for t, which in zip(inputs, dynamic, strict=True)
     )
-    with _quiet():
+    with quiet():
         exported = export(_Flat(traced.graph), tuple(inputs), dynamic_shapes=(shapes,), strict=False)
         aoti_compile_and_package(
             exported,
@@ -409,13 +397,6 @@ class _Flat(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.traced(*inputs)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 __all__ = ["Found", "Program", "Programs", "compile_program", "form_of", "program_folder"]

@@ -37,11 +37,10 @@ def use_table_contraction(network: nn.Module) -> int:
         The number of contractions found (0 for a network that has none).
     """
     found = symmetric_contractions(network)
-    for number, (_, module) in enumerate(found):
+    for _, module in found:
         # On this instance alone; `remove_table_contraction` uncovers the class's own forward again. It is an object,
         # not a closure, so that a copy of the network gets a table form that reads the copy's weights.
         module.__dict__["forward"] = TableContraction(module)
-        module.__dict__["forward"].number = number
     return len(found)
 
 
@@ -64,7 +63,6 @@ class TableContraction:
         self.correlations: list[int] = [int(c.correlation) for c in self.contractions]
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
         self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
-        self.number = 0  # which of the network's contractions this is
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_for: State = ()
         self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
@@ -72,11 +70,10 @@ class TableContraction:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As mace's: x (n_atoms, channels, n), one-hot y (n_atoms, n_elements) -> (n_atoms, channels * sum(2l+1))."""
         if now := stage():
-            at, present = now.arrangement.atoms, now.arrangement.present
+            at = now.arrangement.atoms
             a = at.gather(x).transpose(1, 2).flatten(0, 1)
-            stacked = now.tables[self.number] if now.tables else self.tables_of(present)
-            out = self._contracted(a, stacked, _next_sorted)
-            out = out.unflatten(0, (present.shape[0], x.shape[1])).transpose(1, 2)  # (elements, atoms of each, c, w)
+            out = self._contracted(a, now.tables[self], _next_sorted)
+            out = out.unflatten(0, (at.rows.shape[0], x.shape[1])).transpose(1, 2)  # (elements, atoms of each, c, w)
             out = at.scatter(out)
             return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
         order, counts, back = self._atoms_by_element(y)

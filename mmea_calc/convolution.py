@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
 from itertools import groupby
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ._e3nn import o3
-from .arrangement import Arrangement, stage
+from .arrangement import Arrangement, stage, total
 from .mace_bridge import interaction_blocks
 
 # Edges that are worked on together: what is made for them stays in the processor's cache.
@@ -303,10 +302,10 @@ class _WrittenOut(torch.autograd.Function):
         found = []
         for _, of_k in _grouped(terms, lambda t: t.k):
             by_path = [
-                radial[:, :, path] * _sum(t.c * y[:, :, t.b, None] * h[t.i][:, :, t.a] for t in of_path)
+                radial[:, :, path] * total(t.c * y[:, :, t.b, None] * h[t.i][:, :, t.a] for t in of_path)
                 for path, of_path in _grouped(of_k, lambda t: t.path)
             ]
-            found.append(_sum(by_path).sum(0))
+            found.append(total(by_path).sum(0))
         return torch.stack(found, dim=1)
 
     @staticmethod
@@ -320,21 +319,21 @@ class _WrittenOut(torch.autograd.Function):
         for path, of_path in _grouped(terms, lambda t: t.path):
             parts = []
             for (i, a), of_a in _grouped(of_path, lambda t: (t.i, t.a)):
-                u = _sum(t.c * y[:, :, t.b, None] * g[t.k] for t in of_a)
+                u = total(t.c * y[:, :, t.b, None] * g[t.k] for t in of_a)
                 parts.append(h[i][:, :, a] * u)
                 of_h[i].setdefault(a, []).append(radial[:, :, path] * u)
-            of_radial.append(_sum(parts))
+            of_radial.append(total(parts))
         for _, of_b in _grouped(terms, lambda t: t.b):
             by_path = [
-                radial[:, :, path] * _sum(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
+                radial[:, :, path] * total(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
                 for path, of_path in _grouped(of_b, lambda t: t.path)
             ]
-            of_y.append(_sum(by_path).sum(-1))
+            of_y.append(total(by_path).sum(-1))
         return (
             None,
             torch.stack(of_y, dim=2),
             torch.stack(of_radial, dim=2),
-            *(torch.stack([_sum(parts[a]) for a in sorted(parts)], dim=2) for parts in of_h),
+            *(torch.stack([total(parts[a]) for a in sorted(parts)], dim=2) for parts in of_h),
         )
 
 
@@ -342,10 +341,6 @@ def _grouped(terms: Iterable[_Term], key: Callable[[_Term], Any]) -> list[tuple[
     """In the order of the key: every k, path, b and (i, a) occurs."""
     ordered = sorted(terms, key=key)
     return [(value, list(some)) for value, some in groupby(ordered, key=key)]
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, tensors)
 
 
 def _filled(y: Tensor, nodes: _Nodes) -> Tensor:

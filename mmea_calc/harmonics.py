@@ -10,7 +10,7 @@ which is true of all of them up to the factor f_l; it, and Y_1, are read off e3n
 
 from __future__ import annotations
 
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._e3nn import o3
+from .arrangement import total
 
 
-def reason_not_written_out(module: Any) -> str | None:
-    """Why `written_out` does not stand for this `o3.SphericalHarmonics`; None if it does."""
+def can_be_written_out(module: Any) -> bool:
+    """Whether `written_out` stands for this `o3.SphericalHarmonics`."""
     orders = list(module._ls_list)
-    if orders != list(range(len(orders))) or not module.normalize or module.normalization != "component":
-        return "its orders are not 0, 1, 2, ..., normalised by component"
-    return None
+    return orders == list(range(len(orders))) and module.normalize and module.normalization == "component"
 
 
 def written_out(vectors: Tensor, l_max: int) -> Tensor:
@@ -35,12 +34,8 @@ def written_out(vectors: Tensor, l_max: int) -> Tensor:
     orders: list[list[Tensor]] = [[ones]]
     for terms in _terms(l_max):
         before, one = orders[-1], orders[1] if len(orders) > 1 else list(x)
-        orders.append([_sum(c * before[a] * one[b] for a, b, c in of_k) for of_k in terms])
+        orders.append([total(c * before[a] * one[b] for a, b, c in of_k) for of_k in terms])
     return torch.stack([y for order in orders for y in order], dim=-1)
-
-
-def _sum(tensors: Any) -> Tensor:
-    return reduce(torch.add, tensors)
 
 
 @cache

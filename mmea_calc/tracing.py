@@ -50,11 +50,8 @@ class Inputs:
 
     def dynamic(self) -> list[set[int]]:
         """Which dimensions of each tensor differ from batch to batch."""
-        first = {0}
-        both, last = {0, 1}, {1}
-        arrangement = [both, both, last, both, both, both, both, both, last, first, first]
-        strain = [] if self.strain is None else [first, first]
-        return [first, first, {1}, first, *arrangement, *strain, *(first for some in self.tables for _ in some)]
+        strain: list[set[int]] = [] if self.strain is None else [{0}, {0}]
+        return [{0}, {0}, {1}, {0}, *Arrangement.DYNAMIC, *strain, *({0} for some in self.tables for _ in some)]
 
 
 # Where the values of a tensor are, and how they lie there.
@@ -64,10 +61,6 @@ Place = tuple[object, ...]
 def place_of(tensor: Tensor) -> Place:
     """Equal for two tensors that are the same values, whatever objects they are."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-# Tensors of an arrangement.
-N_ARRANGEMENT = 11
 
 
 @dataclass(frozen=True)
@@ -85,15 +78,17 @@ def contraction_forms(network: nn.Module) -> list[TableContraction]:
     return [form for form in forms if isinstance(form, TableContraction)]
 
 
-def evaluator(
-    network: nn.Module, n_tables: Sequence[int], head_index: int, *, stress: bool
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The function that is traced: `Inputs.tensors` -> node energies, forces, (gradient of the strain), doubt."""
+def evaluator(network: nn.Module, inputs: Inputs, head_index: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The function that is traced: `Inputs.tensors` -> node energies, forces, (gradient of the strain), doubt.
+
+    It takes what is made like `inputs`: with or without stresses.
+    """
+    forms, n_tables, stress = contraction_forms(network), [len(t) for t in inputs.tables], inputs.strain is not None
 
     def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
         rest = iter(inputs)
         positions, node_attrs, edge_index, shifts = (next(rest) for _ in range(4))
-        arrangement = Arrangement.from_tensors([next(rest) for _ in range(N_ARRANGEMENT)])
+        arrangement = Arrangement.from_tensors([next(rest) for _ in Arrangement.DYNAMIC])
         with torch.enable_grad():
             positions = positions.detach().requires_grad_()
             moved, wanted = positions, [positions]
@@ -104,7 +99,7 @@ def evaluator(
                 of_edge = symmetric.index_select(0, owner.index_select(0, edge_index[0]))
                 shifts = shifts + (shifts.unsqueeze(1) @ of_edge).squeeze(1)
                 wanted = [positions, strain]
-            tables = [[next(rest) for _ in range(count)] for count in n_tables]
+            tables = {form: [next(rest) for _ in range(n)] for form, n in zip(forms, n_tables, strict=True)}
             one = torch.zeros(2, dtype=torch.int64, device=positions.device)
             batch = {
                 **dict(positions=moved, node_attrs=node_attrs, edge_index=edge_index, shifts=shifts),
@@ -149,7 +144,7 @@ def trace(network: nn.Module, batch: Batch, head_index: int, *, stress: bool) ->
     with torch.no_grad():
         tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]
     inputs = Inputs.of(batch, arrangement, tables, stress=stress)
-    function = evaluator(network, [len(t) for t in tables], head_index, stress=stress)
+    function = evaluator(network, inputs, head_index)
     function(*inputs.tensors())  # so that whatever modules keep for later calls is made of numbers, not of symbols
     with cast(Any, symbols).patch(use_duck_shape=False):  # two dimensions may be equal by accident
         graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs.tensors())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
 from ase.build import bulk, molecule
 from small_adapter import ENERGIES, trained
-from torch import Tensor, nn
+from torch import nn
 from typer.testing import CliRunner
 
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
@@ -51,10 +53,22 @@ def batches() -> dict[str, Batch]:
     }
 
 
-def inputs_of(network: nn.Module, batch: Batch, *, stress: bool) -> list[Tensor]:
+@contextmanager
+def adapted(name: str) -> Iterator[nn.Module]:
+    """The network of this shape as it is compiled: on the fast path, with an adapter, merged."""
+    with borrowed(name) as network:
+        use_fast_path(network)
+        repeat_to_the_bit(network)
+        adapter = attach(network, AdapterConfig(gate_rank=2, low_rank=2))
+        randomise(adapter, std=0.02)
+        adapter.merge()
+        yield network
+
+
+def inputs_of(network: nn.Module, batch: Batch) -> Inputs:
     arrangement = arrange(batch.tensors)
     tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]
-    return Inputs.of(batch, arrangement, tables, stress=stress).tensors()
+    return Inputs.of(batch, arrangement, tables, stress=True)
 
 
 def assert_the_same(found: Any, batch: Batch, network: nn.Module, tolerance: float) -> None:
@@ -72,31 +86,19 @@ def assert_the_same(found: Any, batch: Batch, network: nn.Module, tolerance: flo
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_arranged_forms_give_the_networks_values(name: str) -> None:
-    with borrowed(name) as network:
-        use_fast_path(network)
-        repeat_to_the_bit(network)
-        adapter = attach(network, AdapterConfig(gate_rank=2, low_rank=2))
-        randomise(adapter, std=0.02)
-        adapter.merge()
+    with adapted(name) as network:
         for batch in batches().values():
-            inputs = inputs_of(network, batch, stress=True)
-            n_tables = [len(form.tables_of(torch.tensor([0]))) for form in contraction_forms(network)]
-            function = evaluator(network, n_tables, 0, stress=True)
-            assert_the_same(function(*inputs), batch, network, 1e-12)
+            inputs = inputs_of(network, batch)
+            assert_the_same(evaluator(network, inputs, 0)(*inputs.tensors()), batch, network, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["zbl", "nonlinear"])
 def test_a_traced_network_holds_for_batches_of_any_size(name: str) -> None:
-    with borrowed(name) as network:
-        use_fast_path(network)
-        repeat_to_the_bit(network)
-        adapter = attach(network, AdapterConfig(gate_rank=2, low_rank=2))
-        randomise(adapter, std=0.02)
-        adapter.merge()
+    with adapted(name) as network:
         shown = example(ELEMENTS, 4.0, head_index=0, dtype=torch.float64, device=torch.device("cpu"))
         traced = trace(network, shown, 0, stress=True)
         for batch in batches().values():
-            found = traced.graph(*inputs_of(network, batch, stress=True), *traced.constants)
+            found = traced.graph(*inputs_of(network, batch).tensors(), *traced.constants)
             assert_the_same(found, batch, network, 1e-12)
 
 
@@ -130,7 +132,7 @@ def test_the_form_is_of_shapes_and_settings_and_not_of_values() -> None:
         adapter = attach(network, AdapterConfig(method=method, gate_rank=2, low_rank=2))
         randomise(adapter, seed)
         adapter.merge()
-        return form_of(network, stress=stress)
+        return form_of(network, head_index=0, stress=stress)
 
     assert form() == form(seed=1)
     network = random_network()
@@ -248,7 +250,7 @@ def test_what_a_program_does_not_cover_is_computed_plainly(monkeypatch: pytest.M
     assert_agree(potential, batch_of(squeezed))
     assert_agree(potential, batch_of(Atoms("H")))
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "SLOTS", 0)
+        patch.setattr(compiled, "MANY_SLOTS", 0)
         patch.setattr(compiled, "FILLED", 1)
         assert_agree(potential, batches()["mixed"])
     seen: list[float] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,14 +26,12 @@ from torch import Tensor
 
 from ..adapted import attach
 from ..adapter_file import AdapterFile, read_adapter
-from ..backbone import Backbone, load_backbone
-from ..backbone_file import fingerprint
+from ..backbone import Backbone, load_backbone, save_backbone
 from ..calculator import MMEACalculator
-from ..config import AdapterConfig, Precision
+from ..config import DEFAULT_BACKBONE, AdapterConfig, Precision
 from ..errors import BackboneError
 from ..graph import Batch
 from ..mace_bridge import build_network, mace_calculators, quiet
-from ..mace_networks import repeat_to_the_bit
 from ..potential import Potential
 
 ASPIRIN = Path(__file__).parent / "aspirin.xyz"
@@ -50,7 +49,6 @@ _PAPER_CONFIG: Mapping[str, Any] = dict(
     MLP_irreps="16x0e",
     correlation=3,
     gate="silu",
-    radial_MLP=[64, 64, 64],
     interaction_cls_first="RealAgnosticInteractionBlock",
     interaction_cls="RealAgnosticResidualInteractionBlock",
     atomic_inter_scale=1.0,
@@ -90,6 +88,17 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The table, and what it was measured with."""
+
+    settings: str
+    rows: list[Timed]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings, "rows": [row.to_dict() for row in self.rows]}
+
+
+@dataclass(frozen=True)
 class SpeedConfig:
     """What is measured.
 
@@ -115,33 +124,20 @@ class SpeedConfig:
     training: bool = True
 
 
-def paper_shape(device: str = "cpu", dtype: Precision = "float32", *, fast: bool = True) -> Backbone:
+def paper_shape(device: str = "auto", dtype: Precision = "float32", *, fast: bool = True) -> Backbone:
     """A backbone of MACE-OFF23-medium's shape with random weights: for measuring time, and nothing else."""
-    from ..fast_path import use_fast_path
-
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        network = build_network(dict(_PAPER_CONFIG)).requires_grad_(False).eval()
-    repeat_to_the_bit(network)
-    identity = fingerprint(dict(_PAPER_CONFIG), dict(network.named_parameters()))
-    elements = tuple(_PAPER_CONFIG["atomic_numbers"])
-    if fast:
-        use_fast_path(network)
-    backbone = Backbone(
-        *(PAPER_SHAPE, PAPER_SHAPE, network, dict(_PAPER_CONFIG), identity, elements, 5.0, ("Default",), "Default"),
-        dict.fromkeys(elements, 0.0),
-        fast=fast,
-    )
-    return backbone.to(
-        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"), dtype
-    )
+        path = Path(folder) / f"{PAPER_SHAPE}.safetensors"
+        save_backbone(path, _PAPER_CONFIG, build_network(dict(_PAPER_CONFIG)).state_dict())
+        return load_backbone(path, device=device, dtype=dtype, fast=fast)
 
 
 def open_backbone(config: SpeedConfig, *, fast: bool = True) -> Backbone:
     """The backbone to measure. Raises BackboneError."""
     if config.backbone == PAPER_SHAPE:
         return paper_shape(config.device, config.dtype, fast=fast)
-    name = config.backbone or (read_adapter(config.adapter).backbone if config.adapter else "mmea-organic-s")
+    name = config.backbone or (read_adapter(config.adapter).backbone if config.adapter else DEFAULT_BACKBONE)
     return load_backbone(name, device=config.device, dtype=config.dtype, fast=fast)
 
 
@@ -203,7 +199,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda message: None) -> list[Timed]:
+def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda message: None) -> Measured:
     """All lines of the table.
 
     Args:
@@ -236,7 +232,9 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     if config.training:
         tell("training steps")
         rows += _training(config)
-    return rows
+    device = adapted.potential.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return Measured(f"{adapted.backbone.name}, {config.dtype}, {where}", rows)
 
 
 def _mover(atoms: Atoms, calculator: Any) -> Callable[[], object]:
@@ -358,4 +356,4 @@ def _status(key: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-__all__ = ["PAPER_SHAPE", "SpeedConfig", "Timed", "measure_speed", "paper_shape", "training_step"]
+__all__ = ["PAPER_SHAPE", "Measured", "SpeedConfig", "Timed", "measure_speed", "paper_shape", "training_step"]

@@ -1,0 +1,63 @@
+"""`mmea benchmark speed`: calls, dynamics and training steps against mace-torch's on the same backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import MODEL, Backbone, OwnDevice, OwnDtype
+
+
+def speed(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A json file of it.", show_default=False)
+    ] = None,
+    backbone: Backbone = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Measured instead of a random one.", rich_help_panel=MODEL, show_default=False)
+    ] = None,
+    device: OwnDevice = None,
+    dtype: OwnDtype = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; torch's choice if not given.", min=1)] = None,
+    replicas: Annotated[
+        list[int] | None, typer.Option(metavar="N...", help="Of aspirin in a batch; 12 if not given.", min=1)
+    ] = None,
+    atoms: Annotated[
+        list[int] | None, typer.Option(metavar="N...", help="Of a periodic system; 1000 if not given, 0: none.", min=0)
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled networks.")] = True,
+) -> None:
+    """Measure calls, replicas, periodic systems, training steps and memory against mace-torch, in one run.
+
+    `--backbone paper-shape` is a network of the paper's shape with random weights. With --compile, networks that are
+    not compiled yet are compiled first, some minutes each.
+    """
+    import json
+
+    import torch
+
+    from mmea_calc.benchmark.speed import SpeedConfig, measure_speed
+    from mmea_calc.files import write_text
+
+    from .console import out, say, table
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = SpeedConfig(
+        backbone=backbone,
+        adapter=adapter,
+        device=device or "auto",
+        dtype=dtype or "float32",
+        compile=compile,
+        replicas=tuple(replicas) if replicas is not None else SpeedConfig.replicas,
+        atoms=tuple(n for n in atoms if n) if atoms is not None else SpeedConfig.atoms,
+    )
+    measured = measure_speed(config, tell=lambda message: say(message, style="dim"))
+    columns = ("what", "mmea, adapter on", "mace-torch, none", "unit", "times better", "")
+    lines = [(r.what, r.ours, r.theirs, r.unit, r.ratio, r.note) for r in measured.rows]
+    out().print(table(columns, lines, title=measured.settings))
+    if output is not None:
+        write_text(output, json.dumps(measured.to_dict(), indent=1) + "\n")
+        say(f"{output} written")
