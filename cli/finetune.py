@@ -163,6 +163,14 @@ def finetune(
     dtype: Annotated[
         Literal["float32", "float64"] | None, typer.Option(help="Precision.", rich_help_panel=TRAINING)
     ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile training steps to machine code: takes minutes once, for long trainings.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     init: Annotated[
         Path | None,
         typer.Option(help="Adapter to start from, of the same backbone and form.", rich_help_panel=MODEL),

@@ -154,6 +154,12 @@ def arrange(tensors: dict[str, Tensor], elements: tuple[Incidence, Tensor, Tenso
     return Arrangement(Incidence(rows, empty, slots), senders, atoms, present, element)
 
 
+def arrange_structures(owner: Tensor, n_structures: int) -> tuple[Tensor, Tensor]:
+    """Atoms of each structure, (most, n_structures), from the structure of each atom; and where there are no more."""
+    rows, empty, _ = _table(owner, n_structures)
+    return rows, empty
+
+
 def _table(group: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Members of groups as a table of at least two rows; a group is a column.
 
@@ -193,6 +199,10 @@ class Stage:
     arrangement: Arrangement
     tables: Mapping[Any, list[Tensor]]
     doubts: list[Tensor] = field(default_factory=list)
+
+    def doubt(self) -> Tensor:
+        """Whether any of them is true."""
+        return torch.stack(self.doubts).any() if self.doubts else torch.zeros((), dtype=torch.bool)
 
 
 def total(tensors: Iterable[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 Most of the time of a small molecule goes into the hundreds of small operations that torch starts one by one. `tracing`
 makes one graph of them, derivatives included; torch's inductor fuses it and turns it into machine code (C++ on a CPU,
 Triton on a GPU), once for each *form*: shape of the backbone, form of the adapter, precision, kind of processor. Values
-are inputs of the program. So one program, kept in a folder of the user's (`program_folder()`), serves all adapters of
+are inputs of the program. So one program, kept in `machine_code.program_folder()`, serves all adapters of
 that form, and opening it takes milliseconds.
 
     potential.compile()                   # a minute or two, once
@@ -13,7 +13,7 @@ What could go wrong is checked where it would:
 
 | | |
 |---|---|
-| a program stands for another network | its name is a hash of all that the graph depends on (`form_of`) |
+| a program stands for another network | its name is a hash of all that the graph depends on (`machine_code.form_of`) |
 | its results are not those of the network | the first batch of every process is computed by both (`_TOLERANCE`) |
 | values have changed since (another adapter, an edit) | versions of all tensors are compared at every call |
 | it does not cover a case (atoms closer than in training) | it says so itself, and the batch is computed plainly |
@@ -23,31 +23,22 @@ What could go wrong is checked where it would:
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from .adapted import Adapter, attached
-from .arrangement import Incidence, arrange, arrange_elements
+from .arrangement import Arrangement, Incidence, arrange, arrange_elements
 from .backbone import Backbone
 from .errors import CompilationError
 from .graph import Batch
-from .mace_bridge import quiet
+from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
 from .tensor_state import State, same_state, state_of
-from .tracing import Inputs, contraction_forms, example, place_of, trace
-
-PROGRAM_VERSION = 1
+from .tracing import Inputs, contraction_forms, example, trace
 
 # A batch is computed plainly where its tables have more slots than this, and this many times as many as it has edges:
 # a few atoms with many neighbours among many with few.
@@ -66,68 +57,16 @@ class Found:
     stress: Tensor | None
 
 
-def program_folder() -> Path:
-    """Where programs are kept."""
-    return Path.home() / ".cache" / "mmea" / "programs"
-
-
-# --- which program --------------------------------------------------------------------------------------------------
-
-
-def form_of(network: nn.Module, *, head_index: int, stress: bool) -> str:
-    """sha256 (hex) of all that the graph of a network depends on: its modules, their settings, shapes of its tensors.
-
-    Values of tensors are not part of it. Plain attributes of modules are, whatever they are called: what a module
-    decides by cannot be missed.
-    """
-    parts: list[object] = [
-        PROGRAM_VERSION,
-        head_index,
-        stress,
-        torch.__version__,
-        metadata.version("mace-torch"),
-        *_processor(network),
-    ]
-    for name, module in network.named_modules():
-        settings = {key: value for key, value in vars(module).items() if _is_plain(value)}
-        hooks = [type(h).__name__ for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
-        form = type(module.__dict__.get("forward")).__qualname__
-        parts.append((name, type(module).__qualname__, form, module.extra_repr(), sorted(settings.items()), hooks))
-    parts += [(name, tuple(t.shape), str(t.dtype)) for name, t in _named(network)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    return isinstance(value, bool | int | float | str)  # None is often the place of something that comes and goes
-
-
-def _processor(network: nn.Module) -> tuple[str, ...]:
-    device = next(network.parameters()).device
-    if device.type == "cuda":
-        return "cuda", torch.cuda.get_device_name(device)
-    return device.type, platform.machine(), torch.backends.cpu.get_cpu_capability()
-
-
-def _named(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from network.named_parameters()
-    yield from network.named_buffers()
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
 def _sources(network: nn.Module, adapter: Adapter | None) -> dict[str, Tensor]:
     """Name -> tensors of values that a graph can take: the network's, and what a merged adapter makes of its own."""
-    return {**dict(_named(network)), **(adapter.derived() if adapter is not None else {})}
+    return {**dict(named_tensors(network)), **(adapter.derived() if adapter is not None else {})}
 
 
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
-class Program:
-    """A compiled form, with the values of one network.
+class CompiledNetwork:
+    """A program, with the values of one network.
 
     Args:
         network: whose values; it has the fast path.
@@ -140,15 +79,7 @@ class Program:
 
     def __init__(self, network: nn.Module, adapter: Adapter | None, path: Path) -> None:
         self.network, self.adapter = network, adapter
-        try:
-            with safetensors.safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
-                names = json.loads(file.metadata()["inputs"])
-                device = str(next(network.parameters()).device)
-                self._fixed = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
-            self._run = _load(path.with_suffix(".pt2"))
-        except Exception as problem:  # whatever a foreign or damaged file makes torch raise
-            raise CompilationError(f"{path}.* cannot be opened ({problem}): run `mmea compile` again") from problem
-        self._names: list[str] = names
+        self._program = Program(path, next(network.parameters()).device)
         self._forms = contraction_forms(network)
         # A module keeps its dictionaries for life, while a change of precision replaces the buffers in them.
         self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers)]
@@ -164,10 +95,10 @@ class Program:
             tensors = batch.tensors
             elements = self._elements_of(tensors["node_attrs"])
             arrangement = arrange(tensors, elements)
-            if arrangement.edges.rows.numel() > max(MANY_SLOTS, FILLED * tensors["edge_index"].shape[1]):
+            if mostly_empty(arrangement):
                 return None
             inputs = Inputs.of(batch, arrangement, self._tables_of(elements[1]), stress=stress)
-            *found, doubt = self._run(*inputs.tensors(), *self._values)
+            *found, doubt = self._program(inputs.tensors(), self._values)
             if bool(doubt):
                 return None
             of_strain = None
@@ -181,8 +112,7 @@ class Program:
         state = state_of(t for store in self._stores for t in store.values() if t is not None)
         if not same_state(state, self._values_for):
             self._values_for = state
-            values = {**self._fixed, **_sources(self.network, self.adapter)}
-            self._values = [values[name].detach() for name in self._names]
+            self._values = self._program.values(_sources(self.network, self.adapter))
             self._tables = None
 
     def _elements_of(self, node_attrs: Tensor) -> tuple[Incidence, Tensor, Tensor]:
@@ -198,17 +128,16 @@ class Program:
         return self._tables[1]
 
 
-def _load(path: Path) -> Callable[..., list[Tensor]]:
-    from torch._inductor import aoti_load_package
-
-    return cast(Callable[..., list[Tensor]], aoti_load_package(str(path)))
+def mostly_empty(arrangement: Arrangement) -> bool:
+    """Whether a batch takes longer in tables than plainly."""
+    return arrangement.edges.rows.numel() > max(MANY_SLOTS, FILLED * arrangement.edges.slots.shape[1])
 
 
 @dataclass
 class _Opened:
     """A program, and whether it has been compared with its network."""
 
-    program: Program
+    program: CompiledNetwork
     path: Path
     proven: bool = False
 
@@ -270,17 +199,19 @@ class Programs:
         return None
 
     def _open(self, adapter: Adapter | None, *, stress: bool) -> _Opened | None:
-        if not program_folder().is_dir():
-            return None
         network = self.backbone.network
-        path = program_folder() / form_of(network, head_index=self.backbone.head_index, stress=stress)
-        if not path.with_suffix(".safetensors").is_file():
+        path = _path(self.backbone, stress)
+        if not is_made(path):
             return None
         try:
-            return _Opened(Program(network, adapter, path), path)
+            return _Opened(CompiledNetwork(network, adapter, path), path)
         except CompilationError as problem:
             warnings.warn(str(problem), stacklevel=4)
             return None
+
+
+def _path(backbone: Backbone, stress: bool) -> Path:
+    return path_of(backbone.network, backbone.head_index, stress)
 
 
 def _situation(backbone: Backbone, adapter: Adapter | None, stress: bool) -> tuple[object, ...]:
@@ -322,29 +253,16 @@ def compile_program(
     """
     if adapter is not None and not adapter.merged:
         raise CompilationError("an adapter must be merged before its network is compiled")
-    network = backbone.network
-    path = program_folder() / form_of(network, head_index=backbone.head_index, stress=stress)
-    if path.with_suffix(".safetensors").is_file():
+    network, path = backbone.network, _path(backbone, stress)
+    if is_made(path):
         return path
+    head_index = backbone.head_index
     batch = example(
-        backbone.elements,
-        backbone.r_max,
-        head_index=backbone.head_index,
-        dtype=backbone.dtype,
-        device=backbone.device,
+        backbone.elements, backbone.r_max, head_index=head_index, dtype=backbone.dtype, device=backbone.device
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / "program"
-        try:
-            _compile(network, adapter, batch, backbone.head_index, made, stress=stress)
-        except Exception as problem:  # inductor raises whatever its passes and the compiler raise
-            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
-            raise CompilationError(
-                f"this network cannot be compiled here ({type(problem).__name__}: {reason[:200]}); a C++ compiler is "
-                "needed (g++ or clang), and everything works without"
-            ) from problem
-        found = Program(network, adapter, made)(batch, stress=stress)
+    with being_made(path) as made:
+        build(trace(network, batch, head_index, stress=stress), _sources(network, adapter), made)
+        found = CompiledNetwork(network, adapter, made)(batch, stress=stress)
         if found is not None:
             difference, allowed = disagreement(found, plainly(batch))
             if not difference <= allowed:
@@ -352,51 +270,7 @@ def compile_program(
                     f"the compiled network differs from the network by {difference:.2g} eV/A, expected at most "
                     f"{allowed:.2g}: it is not kept"
                 )
-        for ending in (".pt2", ".safetensors"):  # in this order: the second says that the first is whole
-            made.with_suffix(ending).replace(path.with_suffix(ending))
     return path
 
 
-def _compile(
-    network: nn.Module, adapter: Adapter | None, batch: Batch, head_index: int, path: Path, *, stress: bool
-) -> None:
-    from torch._inductor import aoti_compile_and_package
-    from torch.export import Dim, export
-
-    traced = trace(network, batch, head_index, stress=stress)
-    of_place = {place_of(t): name for name, t in _sources(network, adapter).items()}
-    names, fixed = [], {}
-    for i, tensor in enumerate(traced.constants):
-        name = of_place.get(place_of(tensor))
-        if name is None:
-            name = f"fixed.{i}"
-            fixed[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        names.append(name)
-    inputs = [*traced.inputs.tensors(), *traced.constants]
-    dynamic: list[set[int]] = [*traced.inputs.dynamic(), *(set() for _ in traced.constants)]
-    shapes = tuple(
-        {d: Dim.AUTO if d in which else Dim.STATIC for d in range(t.dim())}
-        for t, which in zip(inputs, dynamic, strict=True)
-    )
-    with quiet():
-        exported = export(_Flat(traced.graph), tuple(inputs), dynamic_shapes=(shapes,), strict=False)
-        aoti_compile_and_package(
-            exported,
-            package_path=str(path.with_suffix(".pt2")),
-            inductor_configs={"cpp.dynamic_threads": True},
-        )
-    safetensors.torch.save_file(fixed, path.with_suffix(".safetensors"), metadata={"inputs": json.dumps(names)})
-
-
-class _Flat(nn.Module):
-    """What `torch.export` takes."""
-
-    def __init__(self, traced: nn.Module) -> None:
-        super().__init__()
-        self.traced = traced
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.traced(*inputs)
-
-
-__all__ = ["Found", "Program", "Programs", "compile_program", "form_of", "program_folder"]
+__all__ = ["CompiledNetwork", "Found", "Programs", "compile_program"]

@@ -97,6 +97,7 @@ class TrainConfig:
         seed: seed of splits, shuffling and initial values.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: precision of the network.
+        compile: train with steps compiled to machine code, which takes minutes once and pays in long runs.
         valid_fraction: part of the training structures set aside for validation where no other set is given.
         validate_every: epochs between validations; 0 chooses about 100 validations in a run.
     """
@@ -129,6 +130,7 @@ class TrainConfig:
     seed: int = 0
     device: Device = "auto"
     dtype: Precision = "float32"
+    compile: bool = False
     valid_fraction: float = 0.1
     validate_every: int = 0
 

@@ -128,6 +128,11 @@ class Potential:
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
+    def reference_energy_of(self, batch: Batch) -> Tensor:
+        """Sum of the reference energies of each structure's atoms, (n_graphs,), eV, float64."""
+        zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
+        return zero.index_add(0, batch.tensors["batch"], self._reference_table()[batch.numbers])
+
     @property
     def device(self) -> torch.device:
         return self.backbone.device
@@ -199,10 +204,10 @@ class Potential:
         """What a program found, with sums over structures and reference energies."""
         per_atom = self._reference_table()[batch.numbers]
         own = found.node_energy.double()
-        zero, owner = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device), batch.tensors["batch"]
-        interaction = zero.index_add(0, owner, own)
+        zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
+        interaction = zero.index_add(0, batch.tensors["batch"], own)
         return Prediction(
-            energy=interaction + zero.index_add(0, owner, per_atom),
+            energy=interaction + self.reference_energy_of(batch),
             interaction_energy=interaction.to(self.dtype),
             node_energy=per_atom + own,
             forces=found.forces,
@@ -219,8 +224,6 @@ class Potential:
             )
         interaction = output["energy"]
         per_atom = self._reference_table()[batch.numbers]
-        owner = batch.tensors["batch"]
-        reference = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device).index_add_(0, owner, per_atom)
 
         def result(tensor: Tensor | None, wanted: bool) -> Tensor | None:
             if tensor is None or not wanted:
@@ -229,7 +232,7 @@ class Potential:
 
         interaction = interaction if training else interaction.detach()
         return Prediction(
-            energy=reference + interaction.double(),
+            energy=self.reference_energy_of(batch) + interaction.double(),
             interaction_energy=interaction,
             node_energy=per_atom + output["node_energy"].detach().double(),
             forces=result(output["forces"], forces),

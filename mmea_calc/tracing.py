@@ -1,13 +1,18 @@
 """A network, with what is attached to it, as one graph of operations on tensors that holds for batches of any size.
 
-`trace` runs the network once on symbols instead of numbers (`make_fx`), derivatives included, within `arranged`, so
-that nothing depends on what is in the batch. All tensors that the network holds become inputs of the graph: it fits
-every adapter of this form on every backbone of this shape, and a change of values is a change of inputs.
+The network is run once on symbols instead of numbers (`make_fx`), derivatives included, within `arranged`, so that
+nothing depends on what is in the batch. All tensors that the network holds become inputs of the graph: it fits every
+adapter of this form on every backbone of this shape, and a change of values is a change of inputs.
+
+| graph | gives |
+|---|---|
+| `trace` | node energies, forces, the gradient of a strain |
+| `trace_loss` | the loss of a batch and its gradient with respect to weights |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,10 +20,12 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from .arrangement import Arrangement, Stage, arrange, arranged
 from .contraction import TableContraction
 from .graph import Batch, build_graph, collate
+from .loss import Targets
 from .mace_bridge import symmetric_contractions
 
 
@@ -65,10 +72,17 @@ def place_of(tensor: Tensor) -> Place:
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, what it was traced with, and the tensors of the network that it takes after those of a batch."""
+    """A graph.
+
+    Attributes:
+        inputs: the tensors that it was traced with, of a batch first.
+        dynamic: which dimensions of each of them differ from batch to batch.
+        constants: the tensors of the network that it takes after `inputs`.
+    """
 
     graph: fx.GraphModule
-    inputs: Inputs
+    inputs: list[Tensor]
+    dynamic: list[set[int]]
     constants: list[Tensor]
 
 
@@ -83,37 +97,79 @@ def evaluator(network: nn.Module, inputs: Inputs, head_index: int) -> Callable[.
 
     It takes what is made like `inputs`: with or without stresses.
     """
-    forms, n_tables, stress = contraction_forms(network), [len(t) for t in inputs.tables], inputs.strain is not None
+    stress, run = inputs.strain is not None, _runner(network, inputs, head_index)
 
     def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
         rest = iter(inputs)
-        positions, node_attrs, edge_index, shifts = (next(rest) for _ in range(4))
-        arrangement = Arrangement.from_tensors([next(rest) for _ in Arrangement.DYNAMIC])
         with torch.enable_grad():
-            positions = positions.detach().requires_grad_()
-            moved, wanted = positions, [positions]
-            if stress:
-                strain, owner = next(rest).detach().requires_grad_(), next(rest)
-                symmetric = 0.5 * (strain + strain.transpose(1, 2))
-                moved = positions + (positions.unsqueeze(1) @ symmetric.index_select(0, owner)).squeeze(1)
-                of_edge = symmetric.index_select(0, owner.index_select(0, edge_index[0]))
-                shifts = shifts + (shifts.unsqueeze(1) @ of_edge).squeeze(1)
-                wanted = [positions, strain]
-            tables = {form: [next(rest) for _ in range(n)] for form, n in zip(forms, n_tables, strict=True)}
-            one = torch.zeros(2, dtype=torch.int64, device=positions.device)
-            batch = {
-                **dict(positions=moved, node_attrs=node_attrs, edge_index=edge_index, shifts=shifts),
-                # All structures pass for one: their number would be fixed, and energies of atoms are all that is used.
-                **dict(unit_shifts=shifts, cell=positions.new_zeros(3, 3), batch=torch.zeros_like(arrangement.element)),
-                **dict(ptr=one, head=one[:1] + head_index),
-            }
-            with arranged(Stage(arrangement, tables)) as now:
-                node_energy = network(batch, training=False, compute_force=False)["node_energy"]
+            node_energy, wanted, now = run(rest, {}, stress)
             gradients = torch.autograd.grad(node_energy.sum(), wanted)
-        doubt = torch.stack(now.doubts).any() if now.doubts else edge_index.new_zeros((), dtype=torch.bool)
-        return node_energy.detach(), -gradients[0], *gradients[1:], doubt
+        return node_energy.detach(), -gradients[0], *gradients[1:], now.doubt()
 
     return evaluate
+
+
+def loss_evaluator(
+    network: nn.Module, inputs: Inputs, head_index: int, names: Sequence[str]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function that is traced: the tensors `names` of the network, `Inputs.tensors`, `Targets.tensors` ->
+    terms of energy and forces of the loss, doubt, its gradients with respect to `names` and to the tables of elements.
+    """
+    run, n_tables = _runner(network, inputs, head_index), sum(len(t) for t in inputs.tables)
+
+    def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            trained = [t.detach().requires_grad_() for t in inputs[: len(names)]]
+            # Tables stand last among the inputs of the batch; targets come after them.
+            end = len(inputs) - len(Targets.DYNAMIC)
+            tables = [t.detach().requires_grad_() for t in inputs[end - n_tables : end]]
+            rest = iter([*inputs[len(names) : end - n_tables], *tables])
+            node_energy, (positions,), now = run(rest, dict(zip(names, trained, strict=True)), False)
+            (gradient,) = torch.autograd.grad(node_energy.sum(), [positions], create_graph=True)
+            target = Targets(*inputs[end:])
+            energy, forces = target.energy_term(node_energy), target.forces_term(-gradient)
+            gradients = torch.autograd.grad(
+                energy + forces, [*trained, *tables], allow_unused=True, materialize_grads=True
+            )
+        return energy.detach(), forces.detach(), now.doubt(), *gradients
+
+    return evaluate
+
+
+def _runner(
+    network: nn.Module, inputs: Inputs, head_index: int
+) -> Callable[[Iterator[Tensor], dict[str, Tensor], bool], tuple[Tensor, list[Tensor], Stage]]:
+    """What both do first: the network on (tensors of a batch, tensors in the place of its own, whether with a strain).
+
+    It returns node energies, and the positions, and the strain, with respect to which they can be differentiated.
+    """
+    forms, n_tables = contraction_forms(network), [len(t) for t in inputs.tables]
+
+    def run(rest: Iterator[Tensor], own: dict[str, Tensor], stress: bool) -> tuple[Tensor, list[Tensor], Stage]:
+        positions, node_attrs, edge_index, shifts = (next(rest) for _ in range(4))
+        arrangement = Arrangement.from_tensors([next(rest) for _ in Arrangement.DYNAMIC])
+        positions = positions.detach().requires_grad_()
+        moved, wanted = positions, [positions]
+        if stress:
+            strain, owner = next(rest).detach().requires_grad_(), next(rest)
+            symmetric = 0.5 * (strain + strain.transpose(1, 2))
+            moved = positions + (positions.unsqueeze(1) @ symmetric.index_select(0, owner)).squeeze(1)
+            of_edge = symmetric.index_select(0, owner.index_select(0, edge_index[0]))
+            shifts = shifts + (shifts.unsqueeze(1) @ of_edge).squeeze(1)
+            wanted = [positions, strain]
+        tables = {form: [next(rest) for _ in range(n)] for form, n in zip(forms, n_tables, strict=True)}
+        one = torch.zeros(2, dtype=torch.int64, device=positions.device)
+        batch = {
+            **dict(positions=moved, node_attrs=node_attrs, edge_index=edge_index, shifts=shifts),
+            # All structures pass for one: their number would be fixed, and energies of atoms are all that is used.
+            **dict(unit_shifts=shifts, cell=positions.new_zeros(3, 3), batch=torch.zeros_like(arrangement.element)),
+            **dict(ptr=one, head=one[:1] + head_index),
+        }
+        with arranged(Stage(arrangement, tables)) as now:
+            out = functional_call(network, own, (batch,), {"training": False, "compute_force": False})
+        return out["node_energy"], wanted, now
+
+    return run
 
 
 def example(
@@ -137,18 +193,35 @@ def example(
 
 def trace(network: nn.Module, batch: Batch, head_index: int, *, stress: bool) -> Traced:
     """The graph of `evaluator` for this network as it is now."""
-    from torch.fx.experimental import _config as symbols
-    from torch.fx.experimental.proxy_tensor import make_fx
+    inputs = _inputs(network, batch, stress=stress)
+    return _trace(evaluator(network, inputs, head_index), inputs.tensors(), inputs.dynamic())
 
+
+def trace_loss(
+    network: nn.Module, batch: Batch, targets: Targets, head_index: int, trained: Mapping[str, Tensor]
+) -> Traced:
+    """The graph of `loss_evaluator` for this network as it is now, with respect to the tensors `trained` of it."""
+    inputs = _inputs(network, batch, stress=False)
+    function = loss_evaluator(network, inputs, head_index, list(trained))
+    tensors = [*(t.detach() for t in trained.values()), *inputs.tensors(), *targets.tensors()]
+    return _trace(function, tensors, [*(set() for _ in trained), *inputs.dynamic(), *Targets.DYNAMIC])
+
+
+def _inputs(network: nn.Module, batch: Batch, *, stress: bool) -> Inputs:
     arrangement = arrange(batch.tensors)
     with torch.no_grad():
         tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]
-    inputs = Inputs.of(batch, arrangement, tables, stress=stress)
-    function = evaluator(network, inputs, head_index)
-    function(*inputs.tensors())  # so that whatever modules keep for later calls is made of numbers, not of symbols
+    return Inputs.of(batch, arrangement, tables, stress=stress)
+
+
+def _trace(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], dynamic: list[set[int]]) -> Traced:
+    from torch.fx.experimental import _config as symbols
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    function(*tensors)  # so that whatever modules keep for later calls is made of numbers, not of symbols
     with cast(Any, symbols).patch(use_duck_shape=False):  # two dimensions may be equal by accident
-        graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs.tensors())
-    return Traced(graph, inputs, _lift(graph))
+        graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
+    return Traced(graph, tensors, dynamic, _lift(graph))
 
 
 def _lift(module: fx.GraphModule) -> list[Tensor]:

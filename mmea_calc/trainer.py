@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapter
+from .compiled_training import CompiledGradient, Gradients
 from .config import TrainConfig, to_dict
-from .errors import TrainingError
+from .errors import CompilationError, TrainingError
 from .files import replacing
-from .loss import LabelCounts, Loss, batch_loss
+from .loss import LabelCounts, Loss, LossWeights, loss_of
 from .optimiser import Optimiser
 from .parallel import add_up, check_agreement
 from .potential import Potential
@@ -112,6 +113,7 @@ class Trainer:
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.log: list[dict[str, float]] = []
         self.best: Best | None = None
+        self._compiled: CompiledGradient | None = None
         self.n_train = len(train) if replay is None else replay.first
         self.steps_per_epoch = math.ceil(self.n_train / config.batch_size)
         self.validate_every = config.validate_every or max(1, config.epochs // 100)
@@ -127,6 +129,7 @@ class Trainer:
         """
         check_agreement(self.team, self.identity(), "give all of them the same files and options")
         try:
+            self._compiled = self._compile() if self.epoch < self.config.epochs else None
             while self.epoch < self.config.epochs:
                 self._epoch()
                 self.save()
@@ -204,24 +207,47 @@ class Trainer:
     def _gradients(self, rows: list[int], stage: int) -> tuple[Loss, Sequence[Tensor | None]]:
         """Loss of a batch and its gradient, from all processes."""
         if self.team.size == 1:
-            loss = self._loss(rows, stage)
-            return loss, torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
+            return self._part(rows, stage)
         part, gradients = None, cast(Sequence[Tensor | None], [None] * len(self.parameters))
         if mine := self.team.mine(rows):
-            part = self._loss(mine, stage, self.train.label_counts(rows))
-            gradients = torch.autograd.grad(part.total, self.parameters, allow_unused=True)
+            part, gradients = self._part(mine, stage, self.train.label_counts(rows))
         return add_up(self.team, part, gradients, self.parameters)
 
-    def _loss(self, rows: list[int], stage: int, counts: LabelCounts | None = None) -> Loss:
+    def _part(self, rows: list[int], stage: int, counts: LabelCounts | None = None) -> tuple[Loss, Gradients]:
+        """Loss of structures and its gradient; with `counts`, of a part of a batch."""
         batch = self.potential.collate([self.train.graphs[i] for i in rows])
         labels = self.train.labels(rows, self.potential)
-        prediction = self.potential.predict(
-            batch, stress=self.config.stress_weight > 0 and self.train.has_stress, training=True
-        )
         energy_weight, forces_weight = stage_weights(self.config, stage)
-        return batch_loss(
-            prediction, labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight, counts=counts
+        weights = LossWeights.of(
+            labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight, counts=counts
         )
+
+        def plainly() -> tuple[Loss, Gradients]:
+            stress = self.config.stress_weight > 0 and self.train.has_stress
+            loss = loss_of(self.potential.predict(batch, stress=stress, training=True), labels, weights, self.config)
+            return loss, torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
+
+        compiled = self._compiled(batch, labels, weights, plainly) if self._compiled is not None else None
+        return compiled or plainly()
+
+    def _compile(self) -> CompiledGradient | None:
+        """The compiled step, if it is wanted and can be had. The first process makes it, the others find it."""
+
+        def made() -> str:
+            """Why not, or nothing."""
+            try:
+                CompiledGradient(self.potential, self.adapter, self.config)
+            except CompilationError as problem:
+                return str(problem)
+            return ""
+
+        if not self.config.compile:
+            return None
+        self.progress(ProgressEvent(message="compiling training steps, unless that was done before: a few minutes"))
+        if reason := self.team.from_first(made):
+            self.progress(ProgressEvent(message=f"training steps are not compiled: {reason}"))
+            return None
+        return CompiledGradient(self.potential, self.adapter, self.config)
 
     def _scheduled_lr(self) -> float:
         warmup = max(1, self.config.warmup_steps)

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import nn
 
-from mmea_calc import compiled
+from mmea_calc import machine_code
 from mmea_calc.adapted import Adapter
 from mmea_calc.backbone import Backbone
 from mmea_calc.fast_path import use_fast_path
@@ -56,7 +56,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of compiled networks: an empty one of the tests' own."""
     folder = tmp_path_factory.mktemp("programs") / "programs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "program_folder", lambda: folder)
+        patch.setattr(machine_code, "program_folder", lambda: folder)
         yield folder
 
 

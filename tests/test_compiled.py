@@ -20,20 +20,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
-from mmea_calc import MMEACalculator, compiled, load_backbone
+from mmea_calc import MMEACalculator, compiled, load_backbone, machine_code
 from mmea_calc._e3nn import o3
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile
 from mmea_calc.adapter_state import SHORTEST
 from mmea_calc.arrangement import arrange
 from mmea_calc.backbone import Backbone
-from mmea_calc.compiled import form_of
 from mmea_calc.config import AdapterConfig
 from mmea_calc.errors import CompilationError
 from mmea_calc.fast_path import use_fast_path
 from mmea_calc.graph import Batch
 from mmea_calc.harmonics import written_out
 from mmea_calc.mace_networks import repeat_to_the_bit
+from mmea_calc.machine_code import form_of
 from mmea_calc.potential import Potential
 from mmea_calc.tracing import Inputs, contraction_forms, evaluator, example, trace
 from mmea_cli.main import app
@@ -132,11 +132,11 @@ def test_the_form_is_of_shapes_and_settings_and_not_of_values() -> None:
         adapter = attach(network, AdapterConfig(method=method, gate_rank=2, low_rank=2))
         randomise(adapter, seed)
         adapter.merge()
-        return form_of(network, head_index=0, stress=stress)
+        return form_of(network, 0, stress)
 
     assert form() == form(seed=1)
     network = random_network()
-    assert form_of(network, head_index=0, stress=False) != form_of(network, head_index=1, stress=False)
+    assert form_of(network, 0, False) != form_of(network, 1, False)
     others = [
         form(stress=True),
         form(method="gates"),
@@ -183,14 +183,14 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
-        call = compiled.Program.__call__
+        call = compiled.CompiledNetwork.__call__
 
-        def counting(program: compiled.Program, *args: Any, **kwargs: Any) -> Any:
+        def counting(program: compiled.CompiledNetwork, *args: Any, **kwargs: Any) -> Any:
             found = call(program, *args, **kwargs)
             self.calls += found is not None
             return found
 
-        monkeypatch.setattr(compiled.Program, "__call__", counting)
+        monkeypatch.setattr(compiled.CompiledNetwork, "__call__", counting)
 
 
 def assert_agree(potential: Potential, batch: Batch, *, stress: bool = True) -> None:
@@ -275,8 +275,8 @@ def test_a_program_that_is_damaged_or_wrong_is_not_used(
 ) -> None:
     folder = tmp_path / "programs"
     shutil.copytree(program.parent, folder)
-    monkeypatch.setattr(compiled, "program_folder", lambda: folder)
-    load = compiled._load
+    monkeypatch.setattr(machine_code, "program_folder", lambda: folder)
+    load = machine_code._load
 
     def wrong(path: Path) -> Any:
         program = load(path)
@@ -284,7 +284,7 @@ def test_a_program_that_is_damaged_or_wrong_is_not_used(
 
     batch = batches()["molecule"]
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "_load", wrong)
+        patch.setattr(machine_code, "_load", wrong)
         with pytest.warns(UserWarning, match="is not used: run `mmea compile` again"):
             assert_agree(small_potential(), batch)
     (folder / f"{program.name}.pt2").write_bytes(b"nothing of the kind")
@@ -293,12 +293,12 @@ def test_a_program_that_is_damaged_or_wrong_is_not_used(
 
 
 def test_what_cannot_be_compiled_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "program_folder", lambda: tmp_path / "programs")
+    monkeypatch.setattr(machine_code, "program_folder", lambda: tmp_path / "programs")
 
-    def no_compiler(*args: object, **kwargs: object) -> None:
+    def no_compiler(*args: object) -> None:
         raise RuntimeError("no working C++ compiler found")
 
-    monkeypatch.setattr(compiled, "_compile", no_compiler)
+    monkeypatch.setattr(compiled, "build", no_compiler)
     potential = small_potential()
     with pytest.raises(CompilationError, match=r"no working C\+\+ compiler found.*everything works without"):
         potential.compile()
@@ -309,15 +309,15 @@ def test_what_cannot_be_compiled_says_so_and_leaves_nothing(tmp_path: Path, monk
 def test_a_program_that_differs_from_its_network_is_not_kept(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "program_folder", lambda: tmp_path / "programs")
+    monkeypatch.setattr(machine_code, "program_folder", lambda: tmp_path / "programs")
 
-    def another(network: nn.Module, adapter: Any, batch: Batch, head: int, path: Path, *, stress: bool) -> None:
+    def another(traced: Any, known: Any, path: Path) -> None:
         for ending in (".pt2", ".safetensors"):
             shutil.copy(program.with_suffix(ending), path.with_suffix(ending))
 
-    monkeypatch.setattr(compiled, "_compile", another)
-    load = compiled._load
-    monkeypatch.setattr(compiled, "_load", lambda path: lambda *inputs: [2 * out for out in load(path)(*inputs)])
+    monkeypatch.setattr(compiled, "build", another)
+    load = machine_code._load
+    monkeypatch.setattr(machine_code, "_load", lambda path: lambda *inputs: [2 * out for out in load(path)(*inputs)])
     with pytest.raises(CompilationError, match="it is not kept"):
         small_potential().compile(stress=True)
     assert list((tmp_path / "programs").iterdir()) == []

@@ -34,9 +34,10 @@ def test_the_papers_shape_is_that_of_the_medium_network() -> None:
 
 
 def test_a_training_step_gives_gradients_of_all_that_trains() -> None:
-    step, _ = training_step(SpeedConfig(device="cpu"), ours=True)
-    gradients = step()
-    assert isinstance(gradients, tuple)
+    step, _ = training_step(SpeedConfig(device="cpu", compile=False), ours=True)
+    found = step()
+    assert isinstance(found, tuple)
+    _, gradients = found
     assert sum(g is not None and bool(g.any()) for g in gradients) > len(gradients) / 3
     assert BATCH == 5
 

@@ -28,9 +28,11 @@ from ..adapted import attach
 from ..adapter_file import AdapterFile, read_adapter
 from ..backbone import Backbone, load_backbone, save_backbone
 from ..calculator import MMEACalculator
-from ..config import DEFAULT_BACKBONE, AdapterConfig, Precision
+from ..compiled_training import CompiledGradient, Gradients
+from ..config import DEFAULT_BACKBONE, AdapterConfig, Precision, TrainConfig
+from ..dataset import Labelled
 from ..errors import BackboneError
-from ..graph import Batch
+from ..loss import Loss, LossWeights, collect_labels, loss_of
 from ..mace_bridge import build_network, mace_calculators, quiet
 from ..potential import Potential
 
@@ -288,27 +290,34 @@ def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
 BATCH = 5
 
 
-def _step(potential: Potential, batch: Batch, parameters: Sequence[Tensor]) -> Callable[[], object]:
-    def step() -> object:
-        found = potential.predict(batch, training=True)
-        assert found.forces is not None
-        loss = found.forces.square().mean() + found.interaction_energy.square().mean()
-        return torch.autograd.grad(loss, list(parameters), allow_unused=True)
-
-    return step
-
-
 def training_step(config: SpeedConfig, *, ours: bool) -> tuple[Callable[[], object], torch.device]:
     """Loss of forces and energies of five aspirins, and its gradient: of an adapter, or of mace-torch's own network."""
     backbone = open_backbone(config, fast=ours)
+    potential, training = Potential(backbone), TrainConfig()
+    compiled: CompiledGradient | None = None
     if ours:
-        handle = attach(backbone.network, AdapterConfig(), start=False)
+        handle = potential.adapter = attach(backbone.network, AdapterConfig(), start=False)
         parameters: Sequence[Tensor] = handle.parameters()
+        compiled = CompiledGradient(potential, handle, training) if config.compile else None
     else:
         parameters = list(backbone.network.requires_grad_(True).parameters())
-    potential = Potential(backbone)
-    batch = potential.collate([potential.graph(aspirin())] * BATCH)
-    return _step(potential, batch, parameters), potential.device
+
+    def step_of(size: int) -> Callable[[], object]:
+        batch = potential.collate([potential.graph(aspirin())] * size)
+        structures = [Labelled(aspirin(), energy=0.0, forces=np.zeros((len(aspirin()), 3)))] * size
+        labels = collect_labels(structures, dtype=potential.dtype, device=potential.device)
+        weights = LossWeights.of(
+            labels, training, energy_weight=training.energy_weight, forces_weight=training.forces_weight
+        )
+
+        def plainly() -> tuple[Loss, Gradients]:
+            loss = loss_of(potential.predict(batch, training=True), labels, weights, training)
+            return loss, torch.autograd.grad(loss.total, list(parameters), allow_unused=True)
+
+        return lambda: (compiled and compiled(batch, labels, weights, plainly)) or plainly()
+
+    step_of(1)()  # what is made once: caches, and the plain gradient that a compiled one is compared with
+    return step_of(BATCH), potential.device
 
 
 def _training(config: SpeedConfig) -> list[Timed]:

@@ -1,0 +1,195 @@
+"""A step of training compiled to machine code: the loss of a batch and its gradient in one call.
+
+`tracing.trace_loss` makes one graph of the network, its forces, the loss and its gradient. It takes the *updated*
+weights as inputs, whatever they are made of, and gives the gradient with respect to them; torch's autograd carries it
+on from there, through the few operations by which an update makes a weight (`updates`) and a weight the tables of the
+elements (`contraction`). So one program serves all methods that change the same tensors, and only gates are part of it.
+
+    gradient = CompiledGradient(potential, adapter, config)    # minutes, once
+    found = gradient(batch, labels, weights, plainly)         # loss and gradient; None where it does not hold
+
+The first batch is computed by `plainly` too, and the two are compared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapted import Adapter
+from .arrangement import arrange, arrange_structures
+from .compiled import mostly_empty
+from .config import TrainConfig
+from .errors import CompilationError
+from .graph import Batch
+from .loss import Labels, Loss, LossWeights, Targets, delta_of
+from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
+from .potential import Potential
+from .tracing import Inputs, contraction_forms, example, trace_loss
+
+Gradients = Sequence[Tensor | None]
+
+# Largest difference to the plain gradient, relative to its norm.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+
+class CompiledGradient:
+    """Loss and gradient of the trained tensors of an adapter.
+
+    Args:
+        potential: on the fast path.
+        adapter: what is trained; on the network of `potential`, neither merged nor switched off.
+        config: of the loss.
+
+    Raises:
+        CompilationError: it cannot be made here, or not for this: stresses are trained, say.
+    """
+
+    def __init__(self, potential: Potential, adapter: Adapter, config: TrainConfig) -> None:
+        backbone = potential.backbone
+        if not backbone.fast:
+            raise CompilationError("this backbone was loaded with fast=False: load it without")
+        if config.stress_weight > 0:
+            raise CompilationError("stresses are trained, which compiled steps do not do: set stress_weight to 0")
+        if adapter.merged or not adapter.enabled:
+            raise CompilationError("the adapter is merged or switched off")
+        self.potential, self.adapter, self.delta = potential, adapter, delta_of(config)
+        self._forms = contraction_forms(backbone.network)
+        # Weights of contractions act by way of the tables alone.
+        self._updated = [path for path, site in adapter.sites.items() if not site.kind.startswith("contraction")]
+        own = {id(p) for part in adapter.on_linears.values() for p in part.parameters()}
+        self._gates = [name for name, p in backbone.network.named_parameters() if id(p) in own]
+        self._program = Program(self._made(), backbone.device)
+        with self._folded():
+            known = dict(named_tensors(backbone.network))
+        self._values = self._program.values(known)
+        self._usable, self._proven = True, False
+
+    def _made(self) -> Path:
+        """The program's path; it is compiled unless it is there."""
+        backbone, names = self.potential.backbone, [*self._updated, *self._gates]
+        network, head_index = backbone.network, backbone.head_index
+        with self._folded():
+            path = path_of(network, head_index, "loss", names)
+            if is_made(path):
+                return path
+            batch = example(
+                backbone.elements, backbone.r_max, head_index=head_index, dtype=backbone.dtype, device=backbone.device
+            )
+            known = dict(named_tensors(network))
+            trained = {name: known[name] for name in names}
+            with being_made(path) as made:
+                build(trace_loss(network, batch, _example_targets(batch), head_index, trained), known, made)
+        return path
+
+    @contextmanager
+    def _folded(self) -> Iterator[None]:
+        """The network with its updated weights in the place of its own, as the graph sees it."""
+        weights = self.adapter.weights
+        weights.fold()
+        try:
+            yield
+        finally:
+            weights.unfold()
+
+    def __call__(
+        self, batch: Batch, labels: Labels, weights: LossWeights, plainly: Callable[[], tuple[Loss, Gradients]]
+    ) -> tuple[Loss, Gradients] | None:
+        """Of one batch; None where it must be computed plainly: no neighbours, atoms too close, tables mostly empty."""
+        if not self._usable or batch.tensors["edge_index"].shape[1] == 0 or batch.n_atoms < 2:
+            return None
+        if self._proven:
+            return self._computed(batch, labels, weights)
+        try:
+            found = self._computed(batch, labels, weights)
+            if found is None:  # this batch says nothing: the next one will be asked
+                return None
+            apart, allowed = difference(found[1], plainly()[1]), _TOLERANCE[batch.tensors["positions"].dtype]
+            problem = f"it differs from the network's own by {apart:.2g} of its norm, expected at most {allowed:.2g}"
+            self._proven = apart <= allowed
+        except Exception as failure:  # whatever a program for something else makes torch raise
+            problem = str(failure)
+        if self._proven:
+            return found
+        self._usable = False
+        warnings.warn(f"the compiled gradient is not used: {problem}", stacklevel=2)
+        return None
+
+    def _computed(self, batch: Batch, labels: Labels, weights: LossWeights) -> tuple[Loss, Gradients] | None:
+        arrangement = arrange(batch.tensors)
+        if mostly_empty(arrangement):
+            return None
+        network = self.potential.backbone.network
+        updated = [self.adapter.sites[path].value for path in self._updated]
+        gates = [network.get_parameter(name) for name in self._gates]
+        tables = [form.tables_of(arrangement.present) for form in self._forms]
+        inputs = Inputs.of(batch, arrangement, tables, stress=False)
+        targets = targets_of(batch, labels, weights, self.potential.reference_energy_of(batch), self.delta)
+        flat = [t.detach() for t in (*updated, *gates, *inputs.tensors(), *targets.tensors())]
+        energy, forces, doubt, *found = self._program(flat, self._values)
+        if bool(doubt):
+            return None
+        made = [(t, g) for t, g in zip([*updated, *gates, *_joined(tables)], found, strict=True) if t.requires_grad]
+        gradients = torch.autograd.grad(
+            [t for t, _ in made], self.adapter.parameters(), [g for _, g in made], allow_unused=True
+        )
+        return Loss(energy, forces, energy.new_zeros(())), gradients
+
+
+def _joined(tables: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [table for some in tables for table in some]
+
+
+def targets_of(batch: Batch, labels: Labels, weights: LossWeights, reference: Tensor, delta: float) -> Targets:
+    """What a graph takes of labels; `reference` energies of the structures are taken from theirs in float64."""
+    atoms, none = arrange_structures(batch.tensors["batch"], batch.n_graphs + 1)
+
+    def and_one(values: Tensor, value: float) -> Tensor:
+        return torch.cat([values, values.new_full((1,), value)])
+
+    return Targets(
+        atoms=atoms,
+        none=none,
+        n_atoms=and_one(labels.atoms_per_graph, 1.0),
+        energy=and_one(labels.energy - reference, 0.0),
+        energy_weight=and_one(weights.energy, 0.0),
+        forces=labels.forces,
+        forces_weight=weights.forces,
+        delta=labels.forces.new_tensor(delta),
+    )
+
+
+def _example_targets(batch: Batch) -> Targets:
+    like, n = batch.tensors["positions"], batch.n_graphs
+    one = like.new_ones
+    labels = Labels(
+        energy=one(n).double(),
+        energy_mask=one(n),
+        forces=torch.ones_like(like),
+        forces_mask=one(len(like), 1),
+        stress=one(n, 3, 3),
+        stress_mask=one(n, 1, 1),
+        atoms_per_graph=torch.bincount(batch.tensors["batch"]).to(like),
+    )
+    weights = LossWeights(labels.energy_mask, labels.forces_mask, labels.stress_mask)
+    return targets_of(batch, labels, weights, torch.zeros_like(labels.energy), 1.0)
+
+
+def difference(one: Gradients, other: Gradients) -> float:
+    """Norm of the difference of two gradients, in units of the norm of the second."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None or b is not None]
+    apart = sum(float((_of(a, b) - _of(b, a)).square().sum()) for a, b in pairs)
+    size = sum(float(b.square().sum()) for _, b in pairs if b is not None)
+    return float(apart / size) ** 0.5 if size else float(apart > 0)
+
+
+def _of(gradient: Tensor | None, other: Tensor | None) -> Tensor:
+    if gradient is not None:
+        return gradient.double()
+    assert other is not None
+    return torch.zeros_like(other, dtype=torch.float64)
