@@ -19,6 +19,14 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m mmea_calc.pretrain", description="Make a backbone of one's own.")
     commands = top.add_subparsers(dest="command", required=True)
 
+    choose = commands.add_parser("choose", help="the structures on which two potentials disagree, for label --order")
+    choose.add_argument("--data", type=Path, required=True, help="folder with train-*.npz to choose from")
+    choose.add_argument("--by", nargs=2, required=True, metavar="POTENTIAL", help="adapters or backbones, two")
+    choose.add_argument("--out", type=Path, required=True, help=".npz file to write")
+    choose.add_argument("--pool", type=int, default=4000, help="structures that are compared")
+    choose.add_argument("--max-heavy", type=int, default=12, help="largest number of heavy atoms")
+    choose.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
+
     label = commands.add_parser("label", help="PBE/def2-SVP labels with PySCF, one file per structure; resumable")
     label.add_argument("--data", type=Path, required=True, help="folder with train-*.npz to draw geometries from")
     label.add_argument("--out", type=Path, required=True, help="folder for the labelled structures")
@@ -28,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--limit", type=int, default=None, help="stop after so many structures")
     label.add_argument("--max-heavy", type=int, default=7, help="largest number of heavy atoms")
     label.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
+    label.add_argument("--order", type=Path, default=None, help="structures to label: a file of `choose`")
     label.add_argument("--atoms", action="store_true", help="label isolated atoms instead: writes OUT/e0.json")
 
     pack = commands.add_parser("pack", help="labelled structures -> train-0.npz, valid.npz, e0.json, level.txt")
@@ -50,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt")
     for setting in fields(defaults):
         value = getattr(defaults, setting.name)
+        if isinstance(value, bool):
+            train.add_argument(f"--{setting.name}", action="store_true", help="compile the training steps first")
+            continue
         kind: Any = {"steps": int, "device": str}.get(setting.name, type(value))
         train.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=value, help=f"default: {value}")
     return top
@@ -65,6 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
 
             settings = PretrainConfig(**{f.name: options.pop(f.name) for f in fields(PretrainConfig)})
             print(pretrain(settings=settings, progress=lambda line: print(line, flush=True), **options))
+        elif command == "choose":
+            from ..md import open_potential
+            from .choose import choose
+
+            one, other = (open_potential(name) for name in options.pop("by"))
+            count = choose(by=(one, other), progress=lambda line: print(line, flush=True), **options)
+            print(f"{options['out']}: {count} structures")
         elif command == "unpack":
             from .unpack import unpack
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -17,29 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..graph import Batch
+from ..loss import Labels
 
 _KEYS = ("numbers", "n_atoms", "positions", "forces", "energy")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A batch: what the network takes, and what it should give.
-
-    Attributes:
-        inputs: positions (n_atoms, 3), node_attrs (n_atoms, n_elements), edge_index (2, n_edges), ...
-        energy: interaction energies, (n_graphs,), eV.
-        forces: (n_atoms, 3), eV/A.
-        n_atoms: (n_graphs,).
-    """
-
-    inputs: dict[str, Tensor]
-    energy: Tensor
-    forces: Tensor
-    n_atoms: Tensor
-
-
 class PackedSet:
-    """Structures of one or more packed files on one device, in float32.
+    """Structures of one or more packed files on one device, in float32; energies in float64.
 
     Args:
         files: .npz files.
@@ -73,12 +57,13 @@ class PackedSet:
         position_in = {z: k for k, z in enumerate(elements)}
         self.device = device
         self.n_elements = len(elements)
+        self.numbers = self._tensor(numbers, torch.long)
         self.elements = self._tensor(np.array([position_in[z] for z in numbers.tolist()]), torch.long)
         self.n_atoms = self._tensor(n_atoms, torch.long)
         self.starts = self._tensor(starts, torch.long)
         self.positions = self._tensor(arrays["positions"][:last], torch.float32)
         self.forces = self._tensor(arrays["forces"][:last], torch.float32)
-        self.energy = self._tensor(interaction, torch.float32)
+        self.energy = self._tensor(interaction, torch.float64)
 
     def _tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values).to(self.device, dtype)
@@ -86,8 +71,11 @@ class PackedSet:
     def __len__(self) -> int:
         return len(self.n_atoms)
 
-    def batch(self, chosen: Tensor, r_max: float) -> Sample:
-        """Structures `chosen` (their numbers, on the device) with every pair of atoms within `r_max` (A)."""
+    def batch(self, chosen: Tensor, r_max: float) -> tuple[Batch, Labels]:
+        """Structures `chosen` (their numbers, on the device) with every pair of atoms within `r_max` (A).
+
+        The energies among the labels are interaction energies: the reference energies are taken off.
+        """
         n = self.n_atoms[chosen]
         n_graphs, widest = len(chosen), int(n.max())
         slot = torch.arange(widest, device=self.device)
@@ -101,7 +89,7 @@ class PackedSet:
         ptr = torch.cat([n.new_zeros(1), n.cumsum(0)])
         edges = torch.stack([ptr[graph] + sender, ptr[graph] + receiver])
         zeros = self.positions.new_zeros(edges.shape[1], 3)
-        inputs = {
+        tensors = {
             "positions": self.positions[atoms].clone(),
             "node_attrs": torch.nn.functional.one_hot(self.elements[atoms], self.n_elements).to(self.positions.dtype),
             "edge_index": edges,
@@ -112,14 +100,24 @@ class PackedSet:
             "head": torch.zeros(n_graphs, dtype=torch.long, device=self.device),
             "batch": torch.repeat_interleave(torch.arange(n_graphs, device=self.device), n),
         }
-        return Sample(inputs, self.energy[chosen], self.forces[atoms], n)
+        one = self.positions.new_ones
+        labels = Labels(
+            energy=self.energy[chosen],
+            energy_mask=one(n_graphs),
+            forces=self.forces[atoms],
+            forces_mask=one(len(atoms), 1),
+            stress=self.positions.new_zeros(n_graphs, 3, 3),
+            stress_mask=self.positions.new_zeros(n_graphs, 1, 1),
+            atoms_per_graph=n.to(self.positions),
+        )
+        return Batch(tensors, self.numbers[atoms], n), labels
 
     def mean_neighbours(self, r_max: float, n_structures: int = 500) -> float:
         """Average number of neighbours within `r_max` over evenly chosen structures."""
         count = min(n_structures, len(self))
         chosen = torch.linspace(0, len(self) - 1, count, device=self.device).long()
-        samples = [self.batch(part, r_max) for part in chosen.split(100)]
-        return sum(s.inputs["edge_index"].shape[1] for s in samples) / sum(len(s.forces) for s in samples)
+        batches = [self.batch(part, r_max)[0] for part in chosen.split(100)]
+        return sum(b.tensors["edge_index"].shape[1] for b in batches) / sum(b.n_atoms for b in batches)
 
 
 def read_arrays(files: Sequence[Path]) -> dict[str, np.ndarray]:
