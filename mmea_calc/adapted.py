@@ -82,8 +82,8 @@ def attach(network: nn.Module, config: AdapterConfig | None = None, *, start: bo
     Raises:
         BackboneError: the method needs a fresh network of this shape, and none can be built.
         AdapterError: an unknown method, an unusable setting, a target that matches no module, a network that is
-            scripted or compiled or has an adapter already, layers of another make than e3nn's (cuEquivariance's, say)
-            among those to adapt, or no module to adapt. Nothing has been changed then.
+            scripted or compiled or has an adapter already, layers of another make than e3nn's among those to adapt
+            (cuEquivariance's linear ones can be gated), or no module to adapt. Nothing has been changed then.
     """
     config = config or AdapterConfig()
     method = _checked(network, config)
@@ -135,7 +135,8 @@ def _checked(network: nn.Module, config: AdapterConfig) -> Method:
 def _check_make(network: nn.Module, method: Method, wanted: Callable[[str], bool]) -> None:
     if "other" in method.updates:  # these take any tensor, whatever it belongs to
         return
-    if foreign := {name: reason for name, reason in foreign_layers(network).items() if wanted(name)}:
+    found = foreign_layers(network, updated=method.updates.keys())
+    if foreign := {name: reason for name, reason in found.items() if wanted(name)}:
         raise AdapterError(f"some layers of this network are not e3nn's and cannot be adapted{listed(foreign)}")
 
 

@@ -44,6 +44,7 @@ from torch.nn import functional as F
 
 from ._e3nn import o3
 from .arrangement import stage
+from .layer_shape import LayerShape, is_cue_linear, reason_unreadable
 
 Phi = Literal["exp", "residual"]
 Gains = Literal["channel", "order", "none"]
@@ -59,16 +60,13 @@ MARGIN = 0.25
 MIN_RANGE_WIDTH = 1e-3
 
 
-def input_irreps(linear: Any) -> o3.Irreps:
-    """Irreps of the features that a layer maps: its input, or the first of the two inputs of a tensor product."""
-    return linear.irreps_in1 if isinstance(linear, o3.TensorProduct) else linear.irreps_in
-
-
 def reason_not_adaptable(linear: Any) -> str | None:
     """Why nothing can act on the output of the layer `linear`; None if something can."""
     if not linear.internal_weights:
         return "it has no weights of its own"
-    if linear.weight.dim() != 1:
+    if reason := reason_unreadable(linear):
+        return reason
+    if linear.weight.dim() != 1 and not is_cue_linear(linear):
         return "it maps several features at once (f_in, f_out)"
     if linear.irreps_out.dim == 0:
         return "its output is empty"
@@ -81,9 +79,10 @@ def reason_not_gatable(linear: Any, *, shift: bool = True, gains: Gains = "chann
     """Why the layer `linear` cannot carry a gate with these heads; None if it can."""
     if reason := reason_not_adaptable(linear):
         return reason
-    if not _even_scalars(input_irreps(linear)):
-        return f"its input {input_irreps(linear)} has no even scalar (0e) for the gate to see"
-    if all(run.kind == "none" for run in _output_runs(linear.irreps_out, shift, gains)[0]):
+    shape = LayerShape.of(linear)
+    if not _even_scalars(shape.irreps_in):
+        return f"its input {shape.irreps_in} has no even scalar (0e) for the gate to see"
+    if all(run.kind == "none" for run in _output_runs(shape, shift, gains)[0]):
         return f"its output {linear.irreps_out} has nothing that a gate with shift={shift}, gains={gains!r} acts on"
     return None
 
@@ -104,8 +103,8 @@ class MagnitudeGate(nn.Module):
     """Gate of one linear layer; the identity at the start when `init_std` is 0.
 
     Args:
-        linear: the gated `o3.Linear`, or an `o3.TensorProduct` with weights of its own, whose first input is x then; it
-            is read for its irreps, never changed or kept.
+        linear: the gated layer, of one of the classes in `layer_shape`, with weights of its own; the first input of a
+            tensor product is x. It is read for its irreps, never changed or kept.
         rank: width r of the bottleneck.
         phi: "exp" or "residual".
         saturate: level z off outside the range given to `set_range`.
@@ -145,8 +144,9 @@ class MagnitudeGate(nn.Module):
         if reason := reason_not_gatable(linear, shift=shift, gains=gains):
             raise ValueError(f"this layer cannot be gated: {reason}")
         self.rank, self.phi, self.saturate, self.nonlinearity = rank, phi, saturate, nonlinearity
-        self.scalars = _even_scalars(input_irreps(linear))
-        self.runs, factor_of = _output_runs(linear.irreps_out, shift, gains)
+        shape = LayerShape.of(linear)
+        self.scalars = _even_scalars(shape.irreps_in)
+        self.runs, factor_of = _output_runs(shape, shift, gains)
         self.widths = {kind: [r.width for r in self.runs if r.kind == kind] for kind in ("shift", "gain")}
         m0 = sum(s.stop - s.start for s in self.scalars)
         k0, k1 = sum(self.widths["shift"]), max(factor_of, default=-1) + 1
@@ -271,7 +271,7 @@ class _Run:
     width: int
 
 
-def _output_runs(irreps: o3.Irreps, shift: bool, gains: Gains) -> tuple[list[_Run], list[int]]:
+def _output_runs(shape: LayerShape, shift: bool, gains: Gains) -> tuple[list[_Run], list[int]]:
     """The runs of y, and for every scaled component, in their order, the output of the gain head that is its factor.
 
     A factor is shared by the components of a channel, and by all channels of an irrep if gains is "order".
@@ -280,7 +280,7 @@ def _output_runs(irreps: o3.Irreps, shift: bool, gains: Gains) -> tuple[list[_Ru
     factor_of: list[int] = []
     of_irrep: dict[o3.Irrep, int] = {}
     n_factors = 0
-    for mul, ir in irreps:
+    for mul, ir in shape.irreps_out:
         if mul == 0:
             continue
         kind: Literal["shift", "gain", "none"] = "none"
@@ -290,7 +290,8 @@ def _output_runs(irreps: o3.Irreps, shift: bool, gains: Gains) -> tuple[list[_Ru
             kind = "gain"
             shared = gains == "order"
             first = of_irrep.setdefault(ir, n_factors) if shared else n_factors
-            factor_of += [first + (0 if shared else channel) for channel in range(mul) for _ in range(ir.dim)]
+            one_each = [first + (0 if shared else channel) for channel in range(mul)]
+            factor_of += one_each * ir.dim if shape.components_first else [f for f in one_each for _ in range(ir.dim)]
             n_factors = max(n_factors, first + (1 if shared else mul))
         width = mul * ir.dim
         if runs and runs[-1].kind == kind:

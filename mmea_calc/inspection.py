@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapted import Adapter
 from .errors import AdapterError, DataError
 from .graph import Graph, check_elements
+from .layer_shape import LayerShape
 from .mace_bridge import convolution_paths
 from .methods import Site
 from .potential import Potential
@@ -238,7 +239,8 @@ class _Watch:
     """Sums over what passes one gate, in float64."""
 
     def __init__(self, linear: Any) -> None:
-        self.irreps = linear.irreps_out
+        shape = LayerShape.of(linear)
+        self.irreps, self.components_first = shape.irreps_out, shape.components_first
         self.n = 0
         self._shift: list[Tensor] = []  # sums over atoms, by run of even scalars
         self._square = torch.zeros((), dtype=torch.float64)
@@ -257,7 +259,11 @@ class _Watch:
                 shifts.append((after - before).sum(0))
                 self._square += before.square().sum()
             else:
-                gains.setdefault(str(ir), []).append(_gain_sums(before, after, mul))
+                sizes = (ir.dim, mul) if self.components_first else (mul, ir.dim)
+                y_l, out_l = (t.unflatten(1, sizes) for t in (before, after))
+                if self.components_first:
+                    y_l, out_l = y_l.transpose(1, 2), out_l.transpose(1, 2)
+                gains.setdefault(str(ir), []).append(_gain_sums(y_l, out_l))
         self._shift = shifts if first else [a + b for a, b in zip(self._shift, shifts, strict=True)]
         for name, runs in gains.items():
             self._gains[name] = runs if first else [a + b for a, b in zip(self._gains[name], runs, strict=True)]
@@ -273,9 +279,8 @@ class _Watch:
         return GateActivity(name, str(self.irreps), shift.numpy(), rms, means, spreads)
 
 
-def _gain_sums(before: Tensor, after: Tensor, mul: int) -> Tensor:
-    """Sums over atoms of 1, gain and gain^2, (3, mul), where the layer's output is not zero."""
-    y, out = before.unflatten(1, (mul, -1)), after.unflatten(1, (mul, -1))
+def _gain_sums(y: Tensor, out: Tensor) -> Tensor:
+    """Sums over atoms of 1, gain and gain^2, (3, mul), where the layer's output y (n, mul, 2l+1) is not zero."""
     norm = y.square().sum(-1)
     known = (norm > 0).double()
     gain = torch.where(norm > 0, (y * out).sum(-1) / norm, 0.0)

@@ -31,6 +31,7 @@ from .config import AdapterConfig
 from .errors import AdapterError
 from .feature_bottleneck import FeatureBottleneck
 from .gates import MagnitudeGate, reason_not_adaptable, reason_not_gatable
+from .layer_shape import is_cue_linear
 from .mace_bridge import contraction_order, fresh_tensors, is_bessel, is_contraction, is_untrained
 from .other_networks import dense_weights
 from .updates import Block, Dense, LowRank, Replacement, SoftThreshold, Update
@@ -215,13 +216,13 @@ def method_named(name: str) -> Method:
 def linear_layers(network: nn.Module) -> list[tuple[str, Any]]:
     """Name and module of the layers of `network` that gates sit on, in the order of its modules.
 
-    They are its `o3.Linear` layers. A network without any, such as those of `e3nn.nn.models.v2106`, mixes its channels
-    in fully connected products of features and attributes of the atom; these are its linear layers then.
+    They are its linear layers, e3nn's and cuEquivariance's. A network without any, such as those of
+    `e3nn.nn.models.v2106`, mixes its channels in fully connected products of features and attributes of the atom; these
+    are its linear layers then.
     """
-    for kind in (o3.Linear, o3.FullyConnectedTensorProduct):
-        if found := [(name, module) for name, module in network.named_modules() if isinstance(module, kind)]:
-            return found
-    return []
+    modules = list(network.named_modules())
+    linears = [(name, m) for name, m in modules if isinstance(m, o3.Linear) or is_cue_linear(m)]
+    return linears or [(name, m) for name, m in modules if isinstance(m, o3.FullyConnectedTensorProduct)]
 
 
 def differing_form(config: AdapterConfig, start: AdapterConfig) -> list[str]:

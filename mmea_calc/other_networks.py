@@ -7,13 +7,14 @@ of them is ever imported: where a package is not imported, nothing can be of its
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._e3nn import FullyConnectedNet, o3
+from .layer_shape import is_cue_linear
 
 
 def dense_weights(name: str, module: Any) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -52,13 +53,25 @@ def compiled_modules(network: nn.Module) -> dict[str, str]:
     return found
 
 
-def foreign_layers(network: nn.Module) -> dict[str, str]:
+def foreign_layers(network: nn.Module, *, updated: Collection[str]) -> dict[str, str]:
     """Layers that do what e3nn's do and are not of the classes of the e3nn that is installed.
+
+    cuEquivariance's are among them where their weights would be updated; gates sit on its linear layers.
+
+    Args:
+        network: the network.
+        updated: kinds of tensors that are updated (`methods.Kind`).
 
     Returns:
         Name of the module (empty for the network itself) -> what it is and what to do.
     """
-    return {name: reason for name, module in network.named_modules() if (reason := _reason_foreign(module))}
+    found = {}
+    for name, module in network.named_modules():
+        reason = _reason_foreign(module)
+        touched = "linear" in updated if is_cue_linear(module) else bool(updated)
+        if reason is not None and (touched or not _is_of_cue(module)):
+            found[name] = reason
+    return found
 
 
 def listed(reasons: Mapping[str, str]) -> str:
@@ -76,12 +89,18 @@ def _reason_foreign(module: Any) -> str | None:
     has_irreps = hasattr(module, "irreps_out") and (hasattr(module, "irreps_in") or hasattr(module, "irreps_in1"))
     if kind.__name__ != "FullyConnectedNet" and not (has_weight and has_irreps):
         return None
-    if kind.__module__.startswith("cuequivariance_torch"):
-        return "a layer of cuEquivariance: convert the network back to e3nn's layers first"
+    if _is_of_cue(module):
+        if is_cue_linear(module):
+            return "a linear layer of cuEquivariance, whose weights this method would change: choose gates or mmea"
+        return "a layer of cuEquivariance with weights: choose method gates, or convert the network to e3nn's layers"
     return (
         f"a layer of class {kind.__module__}.{kind.__qualname__}, which is none of the installed e3nn's: load the "
         "network in an environment whose e3nn it was made with"
     )
+
+
+def _is_of_cue(module: object) -> bool:
+    return type(module).__module__.startswith("cuequivariance_torch")
 
 
 def _is_instance(module: object, where: str, class_name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -384,14 +385,112 @@ def test_radial_networks_of_another_e3nn_are_refused_by_name() -> None:
         attach(nn.Sequential(FullyConnectedNet([2, 2]), other(nn.Linear(2, 2))), AdapterConfig())
 
 
-def test_linear_layers_of_cuequivariance_are_refused_by_name() -> None:
-    cue = pytest.importorskip("cuequivariance", reason="cuequivariance is not installed")
-    cuet = pytest.importorskip("cuequivariance_torch", reason="cuequivariance-torch is not installed")
-    irreps = cue.Irreps("O3", "2x0e + 1x1o")
-    layers = nn.ModuleDict({"lin": cuet.Linear(irreps, irreps, layout=cue.mul_ir)})
-    for method in ("mmea", "gates", "elora"):
-        with pytest.raises(AdapterError, match="lin: a layer of cuEquivariance: convert the network back to e3nn's"):
-            attach(layers, AdapterConfig(method=method))
+@pytest.fixture
+def cue() -> Any:
+    """cuEquivariance and its layers."""
+    module = pytest.importorskip("cuequivariance", reason="cuequivariance is not installed")
+    pytest.importorskip("cuequivariance_torch", reason="cuequivariance-torch is not installed")
+    return module
+
+
+CUE_IRREPS = "3x0e + 2x0o + 2x1o + 2x2e"
+
+
+def cue_layer(cue: Any, layout: str) -> nn.ModuleDict:
+    irreps = cue.Irreps("O3", CUE_IRREPS)
+    torch.manual_seed(0)
+    layer = sys.modules["cuequivariance_torch"].Linear(
+        irreps, irreps, layout=getattr(cue, layout), method="naive", dtype=torch.float64
+    )
+    return nn.ModuleDict({"lin": layer})
+
+
+def components_last(x: Tensor, layout: str) -> Tensor:
+    """Features in the layout of e3nn."""
+    if layout == "mul_ir":
+        return x
+    irreps = o3.Irreps(CUE_IRREPS)
+    parts = [
+        x[..., s].unflatten(-1, (ir.dim, mul)).transpose(-1, -2).flatten(-2)
+        for (mul, ir), s in zip(irreps, irreps.slices(), strict=True)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+def components_first(x: Tensor, layout: str) -> Tensor:
+    """The inverse."""
+    if layout == "mul_ir":
+        return x
+    irreps = o3.Irreps(CUE_IRREPS)
+    parts = [
+        x[..., s].unflatten(-1, (mul, ir.dim)).transpose(-1, -2).flatten(-2)
+        for (mul, ir), s in zip(irreps, irreps.slices(), strict=True)
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+@pytest.mark.parametrize("gains", ["channel", "order"])
+def test_gates_work_in_both_layouts_of_cuequivariance(cue: Any, gains: Any) -> None:
+    x = torch.randn(5, o3.Irreps(CUE_IRREPS).dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    outputs = []
+    for layout in ("mul_ir", "ir_mul"):
+        network = cue_layer(cue, layout)
+        layer = network["lin"]
+        bare = layer(components_first(x, layout))
+        adapter = attach(network, AdapterConfig(method="gates", gate_rank=3, gains=gains))
+        assert torch.equal(layer(components_first(x, layout)), bare)  # the identity at the start
+        randomise(adapter, std=0.5)
+
+        def apply(x: Tensor, layer: nn.Module = layer, layout: str = layout) -> Tensor:
+            return components_last(layer(components_first(x, layout)), layout)
+
+        outputs.append(apply(x))
+        assert not torch.allclose(outputs[-1], components_last(bare, layout), atol=0.01)
+        for turn in (o3.rand_matrix().double(), -o3.rand_matrix().double()):
+            d = o3.Irreps(CUE_IRREPS).D_from_matrix(turn)
+            torch.testing.assert_close(apply(x @ d.T), apply(x) @ d.T, rtol=0, atol=1e-10)
+        adapter.merge()
+        torch.testing.assert_close(apply(x), outputs[-1], rtol=0, atol=1e-12)
+        adapter.detach()
+        assert torch.equal(layer(components_first(x, layout)), bare)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)  # the same weights, the same gates
+
+
+def test_weights_of_cuequivariance_are_not_updated_and_named(cue: Any) -> None:
+    network = cue_layer(cue, "mul_ir")
+    for method in ("elora", "sparse"):
+        with pytest.raises(AdapterError, match="lin: a linear layer of cuEquivariance, whose weights this method"):
+            attach(network, AdapterConfig(method=method))
+    without_parity = cue.Irreps("SO3", "2x0 + 1x1")
+    linear = sys.modules["cuequivariance_torch"].Linear(without_parity, without_parity, layout=cue.mul_ir)
+    with pytest.raises(AdapterError, match=r"lin: its irreps 2x0\+1 -> 2x0\+1 are not those of O\(3\)"):
+        attach(nn.ModuleDict({"lin": linear}), AdapterConfig(method="gates"))
+
+
+@pytest.mark.skipif(find_spec("mace") is None, reason="mace-torch is not installed")
+def test_a_mace_network_converted_to_cuequivariance_is_gated(cue: Any) -> None:
+    convert = pytest.importorskip("mace.cli.convert_e3nn_cueq")
+    from conftest import batch_of, ethanol, random_network, run
+
+    plain = random_network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mace-torch and cuEquivariance
+        try:
+            converted = convert.run(plain, device="cpu").double()
+        finally:
+            torch.set_default_dtype(torch.float32)  # which mace-torch's converter changes
+    batch = batch_of(ethanol())
+    bare = run(converted, batch)["forces"]
+    torch.testing.assert_close(bare, run(plain, batch)["forces"], rtol=0, atol=1e-8)
+    with pytest.raises(AdapterError, match="a layer of cuEquivariance with weights: choose method gates"):
+        attach(converted, AdapterConfig())
+    adapters = [attach(network, AdapterConfig(method="gates", gate_rank=2)) for network in (plain, converted)]
+    assert list(adapters[0].gates) == list(adapters[1].gates)
+    randomise(adapters[0], std=0.3)
+    adapters[1].load_state_dict(adapters[0].state_dict())
+    forces = run(converted, batch)["forces"]
+    assert not torch.allclose(forces, bare, atol=1e-3)
+    torch.testing.assert_close(forces, run(plain, batch)["forces"], rtol=0, atol=1e-8)
 
 
 @pytest.mark.skipif(find_spec("mace") is None, reason="mace-torch is not installed")
