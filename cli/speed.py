@@ -27,6 +27,9 @@ def speed(
     atoms: Annotated[
         list[int] | None, typer.Option(metavar="N...", help="Of a periodic system; 1000 if not given, 0: none.", min=0)
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A picture of time against size (.png, .pdf, .svg).")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled networks.")] = True,
 ) -> None:
     """Measure calls, replicas, periodic systems, training steps and memory against mace-torch, in one run.
@@ -61,3 +64,7 @@ def speed(
     if output is not None:
         write_text(output, json.dumps(measured.to_dict(), indent=1) + "\n")
         say(f"{output} written")
+    if plot is not None:
+        from mmea_calc.benchmark.speed_picture import draw_speed
+
+        say(f"{draw_speed(measured, plot)} written")

@@ -50,11 +50,15 @@ def test_a_ratio_above_one_is_better_in_every_unit() -> None:
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     words = ["benchmark", "speed", "--no-compile", "--replicas", "2", "--atoms", "8", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "speed.json")])
+    result = CliRunner().invoke(
+        app, [*words, "-o", str(tmp_path / "speed.json"), "--plot", str(tmp_path / "speed.svg")]
+    )
     assert result.exit_code == 0, result.output
     for line in ("one call, aspirin", "2 replicas of aspirin", "training step", "memory of that step", "adapter costs"):
         assert line in result.output
+    assert "atoms, periodic" in (tmp_path / "speed.svg").read_text()
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["series"], row["size"]) for row in rows if row["series"]] == [("replicas", 2), ("atoms", 8)]
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)
 
 

@@ -70,6 +70,7 @@ class Timed:
         ours, theirs: in `unit`; None where one side could not be measured, for the reason in `note`.
         unit: "ms" (less is better), "steps/s" (more is), "MB" (less is).
         note: what must be known of it.
+        series, size: "atoms" or "replicas", and how many, where this is one of several sizes.
     """
 
     what: str
@@ -77,6 +78,8 @@ class Timed:
     theirs: float | None
     unit: str
     note: str = ""
+    series: str = ""
+    size: int = 0
 
     @property
     def ratio(self) -> float | None:
@@ -273,16 +276,17 @@ def _replicas(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
     calls = {"ours": lambda: potential.predict(batch), "theirs": _mover(start, theirs)}
     found = medians(calls, max(5, config.calls // 4), potential.device)
     note = "a step of all in one batch against one MACECalculator, one after the other"
-    return Timed(f"{n} replicas of aspirin", n / found["ours"], 1 / found["theirs"], "steps/s", note)
+    return Timed(f"{n} replicas of aspirin", n / found["ours"], 1 / found["theirs"], "steps/s", note, "replicas", n)
 
 
 def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int) -> Timed:
-    side = round((n / 8) ** (1 / 3))
+    side = max(1, round((n / 8) ** (1 / 3)))
     atoms = bulk("C", "diamond", a=3.8, cubic=True).repeat(side)
     calls = {"ours": _mover(atoms, adapted), "theirs": _mover(atoms, theirs)}
     found = medians(calls, max(2, config.calls // 20), adapted.potential.device)
     note = f"{1e6 * found['ours'] / len(atoms):.1f} us per atom"
-    return Timed(f"one call, {len(atoms)} atoms, periodic", 1000 * found["ours"], 1000 * found["theirs"], "ms", note)
+    what, ours, theirs_ = f"one call, {len(atoms)} atoms, periodic", 1000 * found["ours"], 1000 * found["theirs"]
+    return Timed(what, ours, theirs_, "ms", note, "atoms", len(atoms))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
