@@ -248,10 +248,13 @@ def _run(train_files: list[Path], settings: Settings, team: Team) -> None:
     from mmea_calc.finetuning import finetune as train_adapter
 
     from .console import out
+    from .machine import warn_if_busy
     from .progress import TrainingDisplay
 
     options, training = settings.options, settings.training
     _check_options(settings)
+    if team.leads:
+        warn_if_busy(training.device)
     train, valid, test = _read(train_files, options)
     backbone = load_backbone(
         options["backbone"] or DEFAULT_BACKBONE,

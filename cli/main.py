@@ -27,6 +27,7 @@ from .finetune import finetune
 from .fold import fold
 from .info import info
 from .inspect import inspect
+from .machine import use_threads
 from .md import md
 from .prepare import prepare
 from .serve import serve
@@ -84,8 +85,12 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of this process; torch's choice if not given.", min=1)
+    ] = None,
 ) -> None:
     """Fine-tune equivariant interatomic potentials with small adapter files, and run them."""
+    use_threads(threads)
 
 
 def main() -> None:

@@ -120,12 +120,15 @@ def _run(
     from mmea_calc.errors import DataError
     from mmea_calc.md import open_potential, run_md
 
+    from .machine import warn_if_busy
+
     if not start.is_file():
         raise DataError(f"{start}: no such file with start structures")
     try:
         starts = read(start, index=":")
     except Exception as problem:  # whatever a reader of ASE raises for a file that it does not understand
         raise DataError(f"{start} cannot be read as structures: {problem}") from problem
+    warn_if_busy(config.device)
     potential = open_potential(adapter, backbone=backbone, head=head, device=config.device, dtype=config.dtype)
     with _Display(Console(stderr=True), config.timestep_fs) as display:
         return run_md(potential, starts, folder, config, **switches, progress=display)

@@ -20,7 +20,6 @@ def speed(
     ] = None,
     device: OwnDevice = None,
     dtype: OwnDtype = None,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; torch's choice if not given.", min=1)] = None,
     replicas: Annotated[
         list[int] | None, typer.Option(metavar="N...", help="Of aspirin in a batch; 12 if not given.", min=1)
     ] = None,
@@ -39,15 +38,11 @@ def speed(
     """
     import json
 
-    import torch
-
     from mmea_calc.benchmark.speed import SpeedConfig, measure_speed
     from mmea_calc.files import write_text
 
     from .console import out, say, table
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     config = SpeedConfig(
         backbone=backbone,
         adapter=adapter,

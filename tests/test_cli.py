@@ -333,3 +333,50 @@ def test_check_md_runs_dynamics_and_keeps_the_verdict_in_the_file(
     assert verdict["passed"] is True
     assert [row["target_K"] for row in verdict["replicas"]] == [300.0, 600.0, 1200.0]
     assert "passed" in result.output
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "says"), [(1.2, 2, True), (0.1, 2, False), (1.2, 1, False), (3.9, 4, True)]
+)
+def test_a_busy_machine_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], busy: float, threads: int, says: bool
+) -> None:
+    from mmea_cli import machine
+
+    monkeypatch.setattr(machine, "n_cores", lambda: 2 if threads < 4 else 4)
+    monkeypatch.setattr(machine, "load", lambda: busy)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    machine.warn_if_busy("cpu")
+    said = capsys.readouterr().err
+    assert ("mmea --threads 1" in said) == says
+    assert (f"{busy} of" in said) == says
+    machine.warn_if_busy("cuda:1")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_load_is_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmea_cli import machine
+
+    # user, nice, system, idle, iowait, ...: of 100 ticks of four cores, 50 were idle
+    ticks = iter([[0, 0, 0, 0, 0, 0, 0, 0], [30, 10, 10, 45, 5, 0, 0, 0]])
+    monkeypatch.setattr(machine, "_ticks", lambda: next(ticks))
+    monkeypatch.setattr(machine, "n_cores", lambda: 4)
+    assert machine.load() == pytest.approx(2.0)
+
+    def no_such_file() -> list[int]:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine, "_ticks", no_such_file)
+    assert machine.load() == 0
+
+
+def test_threads_are_those_asked_for() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        assert CliRunner().invoke(app, ["--threads", "2", "backbone", "list"]).exit_code == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert CliRunner().invoke(app, ["--threads", "0", "backbone", "list"]).exit_code == 2
