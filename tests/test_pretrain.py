@@ -283,6 +283,28 @@ def test_labelling_is_resumable_and_packs_into_a_set(
     assert float(made[0].forces.mean()) == pytest.approx(0.1)
 
 
+def test_a_second_file_of_a_set_holds_other_structures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(label, "_pyscf", lambda: None)
+    monkeypatch.setattr(label, "energy_and_forces", lambda numbers, positions: (-1.0 * len(numbers), positions * 0.0))
+    monkeypatch.setattr(label, "xtb_energy_and_forces", lambda numbers, positions: (-2.0, positions * 0.0 + 3.0))
+    raw, more, made = tmp_path / "raw", tmp_path / "more", tmp_path / "set"
+    label.label(data=PBE, out=raw, limit=25)
+    counts = label.pack(raw, out=made, e0=PBE / "e0.json", valid_fraction=0.3)
+    label.label(data=PBE, out=more, limit=20, skip=[made / "train-0.npz", made / "valid.npz"])
+    again = label.pack(more, out=made, e0=PBE / "e0.json", valid_fraction=0.3, number=1, xtb=True)
+    assert counts.keys() == {"train-0", "valid"}
+    assert again.keys() == {"train-1", "valid-1"}
+    both = label.indices(sorted(made.glob("*.npz")))
+    assert len(both) == len(set(both)) == 45
+    with np.load(made / "train-1.npz") as content:
+        assert set(content["energy_xtb"].tolist()) == {-2.0}
+        assert content["forces_xtb"].shape == content["forces"].shape
+    whole = PackedSet(sorted(made.glob("train-*.npz")), e0=read_e0(made), elements=ELEMENTS, device=torch.device("cpu"))
+    assert len(whole) == counts["train-0"] + again["train-1"]
+    with pytest.raises(DataError, match="already: give that set to `label --skip`"):
+        label.pack(raw, out=made, e0=PBE / "e0.json", valid_fraction=0.3, number=2)
+
+
 def test_packing_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "e0.json").write_bytes((PBE / "e0.json").read_bytes())
     with pytest.raises(DataError, match="no structures"):
@@ -301,3 +323,13 @@ def test_pbe_labels_agree_with_the_shipped_ones() -> None:
     assert result is not None
     assert result[0] == pytest.approx(arrays["energy"][smallest], abs=1e-3)
     assert np.abs(result[1] - arrays["forces"][span]).max() < 1e-3
+
+
+def test_xtb_labels_agree_with_the_shipped_ones() -> None:
+    pytest.importorskip("tblite", reason="tblite is not installed")
+    with np.load(PBE / "valid.npz") as content:
+        n = int(content["n_atoms"][0])
+        numbers, positions = content["numbers"][:n].astype(int), content["positions"][:n].astype(float)
+        energy, forces = label.xtb_energy_and_forces(numbers, positions)
+        assert energy == pytest.approx(content["energy_xtb"][0], abs=1e-4)
+        assert np.abs(forces - content["forces_xtb"][:n]).max() < 1e-3

@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", type=Path, required=True)
     pack.add_argument("--e0", type=Path, default=None, help="energies of isolated atoms (default: RAW/e0.json)")
     pack.add_argument("--valid-fraction", type=float, default=0.1)
+    pack.add_argument("--number", type=int, default=0, help="1 and more: add train-1.npz and valid-1.npz to the set")
+    pack.add_argument("--xtb", action="store_true", help="keep GFN2-xTB's energies and forces beside the labels")
 
     unpack = commands.add_parser("unpack", help="a packed set -> train.xyz (with isolated atoms) and valid.xyz")
     unpack.add_argument("data", type=Path, help="folder with train-*.npz, valid.npz and e0.json")

@@ -200,38 +200,77 @@ def label(
     return done
 
 
-def pack(raw: Path, *, out: Path, e0: Path | None = None, valid_fraction: float = 0.1) -> dict[str, int]:
-    """Labelled structures -> OUT/train-0.npz, valid.npz, e0.json, level.txt; the split goes by composition.
+def pack(
+    raw: Path, *, out: Path, e0: Path | None = None, valid_fraction: float = 0.1, number: int = 0, xtb: bool = False
+) -> dict[str, int]:
+    """Labelled structures -> train-0.npz, valid.npz, e0.json, level.txt in OUT; the split goes by composition.
+
+    Args:
+        raw: folder that `label` filled.
+        out: folder to write into.
+        e0: energies of isolated atoms; RAW/e0.json if not given.
+        valid_fraction: share of the compositions set aside.
+        number: 1 and more add train-1.npz and valid-1.npz to a set that is there. A training takes all of train-*.npz
+            and validates on valid.npz, as before.
+        xtb: keep energies and forces of GFN2-xTB beside them (`energy_xtb`, `forces_xtb`), which knows dispersion.
 
     Returns:
         number of structures per set.
 
     Raises:
-        DataError: no labelled structures, none for one of the sets, or no reference energies.
+        DataError: no labelled structures, none for one of the sets, no reference energies, or structures of another
+            file of the set.
+        MMEAError: tblite is not installed.
     """
     energies = read_e0(raw if e0 is None else e0.parent)
-    sets: dict[str, list[dict[str, np.ndarray]]] = {"train-0": [], "valid": []}
+    train, valid = f"train-{number}", f"valid-{number}" if number else "valid"
+    sets: dict[str, list[dict[str, np.ndarray]]] = {train: [], valid: []}
+    others = [file for file in sorted(out.glob("*.npz")) if file.stem not in sets]
+    known = set(indices(others))
     for file in sorted(raw.glob("[0-9]*.npz")):
         with np.load(file, allow_pickle=False) as content:
             structure = dict(content)
+        if int(structure["index"]) in known:
+            raise DataError(f"{file} is in {out} already: give that set to `label --skip`, or move the file away")
         if np.abs(structure["forces"]).max() < LARGEST_FORCE:
             # a molecule's structures all go to the same side, in every later packing too
             share = zlib.crc32(bytes(sorted(structure["numbers"].tolist()))) % 1000 / 1000
-            sets["valid" if share < valid_fraction else "train-0"].append(structure)
+            sets[valid if share < valid_fraction else train].append(structure)
     if empty := [name for name, members in sets.items() if not members]:
         raise DataError(f"{raw} gives no structures for {' and '.join(empty)}; label more, or change valid_fraction")
+    if xtb:
+        for structure in (s for members in sets.values() for s in members):
+            energy, structure["forces_xtb"] = xtb_energy_and_forces(structure["numbers"], structure["positions"])
+            structure["energy_xtb"] = np.array(energy)
     out.mkdir(parents=True, exist_ok=True)
     for name, members in sets.items():
+        per_atom = ["positions", "forces", *(["forces_xtb"] if xtb else [])]
+        per_structure = ["energy", "index", *(["energy_xtb"] if xtb else [])]
+        arrays: dict[str, Any] = {key: np.concatenate([s[key] for s in members]).astype("f4") for key in per_atom}
+        arrays |= {key: np.array([s[key].item() for s in members]) for key in per_structure}
         with replacing(out / f"{name}.npz") as part, part.open("wb") as stream:
             np.savez_compressed(
                 stream,
                 numbers=np.concatenate([s["numbers"] for s in members]).astype(np.uint8),
                 n_atoms=np.array([len(s["numbers"]) for s in members], np.uint8),
-                positions=np.concatenate([s["positions"] for s in members]).astype(np.float32),
-                forces=np.concatenate([s["forces"] for s in members]).astype(np.float32),
-                energy=np.array([float(s["energy"]) for s in members]),
-                index=np.array([int(s["index"]) for s in members]),
+                **arrays,
             )
     write_text(out / "e0.json", json.dumps({str(z): e for z, e in energies.items()}, indent=1) + "\n")
     write_text(out / "level.txt", LEVEL_OF_THEORY + "\n")
     return {name: len(members) for name, members in sets.items()}
+
+
+def xtb_energy_and_forces(numbers: np.ndarray, positions: np.ndarray) -> tuple[float, np.ndarray]:
+    """Total energy (eV) and forces (n_atoms, 3; eV/A) of a neutral molecule with GFN2-xTB.
+
+    Raises:
+        MMEAError: tblite is not installed.
+    """
+    try:
+        from tblite.interface import Calculator
+    except ImportError as problem:
+        raise MMEAError("GFN2-xTB needs tblite, which is not installed: pip install 'mmea[label]'") from problem
+    calculator = Calculator("GFN2-xTB", numbers, positions / BOHR)
+    calculator.set("verbosity", 0)
+    found = calculator.singlepoint()
+    return float(found["energy"]) * HARTREE, -np.array(found["gradient"]) * HARTREE / BOHR
