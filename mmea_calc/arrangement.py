@@ -202,7 +202,8 @@ class Stage:
 
     def doubt(self) -> Tensor:
         """Whether any of them is true."""
-        return torch.stack(self.doubts).any() if self.doubts else torch.zeros((), dtype=torch.bool)
+        none = self.arrangement.present.new_zeros((), dtype=torch.bool)
+        return torch.stack(self.doubts).any() if self.doubts else none
 
 
 def total(tensors: Iterable[Tensor]) -> Tensor:
