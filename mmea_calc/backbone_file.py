@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,19 @@ def fingerprint(config: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> 
         if config.get(key) is not None:
             add(f"config.{key}", np.asarray(config[key], dtype=np.float64))
     return digest.hexdigest()
+
+
+def identifying(config: Mapping[str, Any], network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` that a fingerprint covers: all parameters, and frequencies of radial functions that are
+    buffers in the network and were trained in spite of that.
+    """
+    found = {name: tensors[name] for name, _ in network.named_parameters()}
+    for name, value in tensors.items():
+        if name.endswith("bessel_fn.bessel_weights") and name not in found:
+            as_built = math.pi / float(config["r_max"]) * torch.arange(1, value.numel() + 1, dtype=torch.float64)
+            if not torch.allclose(value.detach().cpu().double(), as_built, rtol=1e-5):  # as far as precisions differ
+                found[name] = value
+    return found
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -239,8 +253,7 @@ def write_safetensors(path: Path, config: dict[str, Any], tensors: Mapping[str, 
         BackboneError: the tensors do not fit the config, or the file cannot be written.
     """
     network = restore(config, tensors, "the new backbone")
-    names = [name for name, _ in network.named_parameters()]
-    identity = fingerprint(config, {name: tensors[name] for name in names})
+    identity = fingerprint(config, identifying(config, network, tensors))
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -251,7 +264,7 @@ def write_safetensors(path: Path, config: dict[str, Any], tensors: Mapping[str, 
         with replacing(path) as temporary:
             temporary.write_bytes(save(dict(tensors), metadata=metadata))  # save_file makes it private to the owner
             again = read_safetensors(temporary)
-            if fingerprint(again.config, {name: again.tensors[name] for name in names}) != identity:
+            if fingerprint(again.config, identifying(again.config, network, again.tensors)) != identity:
                 raise BackboneError(f"{path} did not read back as it was written; nothing was put there")
     except (OSError, SafetensorError) as problem:
         raise BackboneError(f"cannot write {path} ({problem})") from problem

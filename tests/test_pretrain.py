@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase.data import atomic_numbers
+from ase.formula import Formula
 
-from mmea_calc.backbone import load_backbone
+from mmea_calc.backbone import load_backbone, save_backbone
 from mmea_calc.errors import BackboneError, DataError, MMEAError, TrainingError
+from mmea_calc.potential import Potential
 from mmea_calc.pretrain import choose, label
 from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.choose import interleaved, ordered
@@ -68,6 +71,26 @@ def test_a_few_steps_from_a_backbone_give_another_backbone(whole_run: Path) -> N
         if a.numel()
     ]
     assert 0 < max(changes) < 0.01  # four steps of at most 1e-3 each
+
+
+def test_the_file_gives_the_errors_that_the_run_has_told(whole_run: Path, few: Path) -> None:
+    made = load_backbone(whole_run)
+    packed = PackedSet([few / "valid.npz"], e0=read_e0(few), elements=made.elements, device=torch.device("cpu"))
+    batch, labels = packed.batch(torch.arange(len(packed)), made.r_max)
+    found = Potential(made).predict(batch)
+    assert found.forces is not None
+    told = made.config["training"]["valid_forces_mae_meV_per_A"]
+    assert 1e3 * float((found.forces - labels.forces).abs().mean()) == pytest.approx(told, rel=1e-4)
+
+
+def test_trained_frequencies_are_part_of_the_fingerprint(whole_run: Path, tmp_path: Path) -> None:
+    made = load_backbone(whole_run)
+    state = made.network.state_dict()
+    (name,) = (key for key in state if key.endswith("bessel_fn.bessel_weights"))
+    moved = {**state, name: state[name] * 1.001}
+    identity = save_backbone(tmp_path / "moved.safetensors", made.config, moved)
+    assert identity != made.fingerprint
+    assert load_backbone(tmp_path / "moved.safetensors").fingerprint == identity
 
 
 def test_stopped_run_resumes_to_the_same_bits(few: Path, tmp_path: Path, whole_run: Path) -> None:
@@ -141,18 +164,33 @@ def test_start_that_does_not_exist_writes_nothing(few: Path, tmp_path: Path) -> 
 
 def test_shipped_set_is_whole_and_split_by_composition() -> None:
     e0, device = read_e0(PBE), torch.device("cpu")
-    sets = [PackedSet([PBE / name], e0=e0, elements=ELEMENTS, device=device) for name in ("train-0.npz", "valid.npz")]
-    assert [len(s) for s in sets] == [555, 62]
-    compositions = []
-    for s in sets:
+    sizes = {"train-0": 555, "train-1": 185, "valid": 62, "valid-1": 17}
+    compositions: dict[str, set[tuple[int, ...]]] = {"train": set(), "valid": set()}
+    for name, size in sizes.items():
+        s = PackedSet([PBE / f"{name}.npz"], e0=e0, elements=ELEMENTS, device=device)
+        assert len(s) == size
         ends = s.starts.tolist()
-        compositions.append({tuple(sorted(s.elements[a:b].tolist())) for a, b in pairwise(ends)})
+        compositions[name.split("-")[0]] |= {tuple(sorted(s.elements[a:b].tolist())) for a, b in pairwise(ends)}
         assert float(s.forces.abs().max()) < label.LARGEST_FORCE
         # molecules: bound, by less than 10 eV per atom
         per_atom = s.energy / s.n_atoms
         assert float(per_atom.max()) < 0
         assert float(per_atom.min()) > -10
-    assert compositions[0].isdisjoint(compositions[1])
+        with np.load(PBE / f"{name}.npz") as content:
+            assert content["forces_xtb"].shape == content["forces"].shape
+            assert content["energy_xtb"].shape == content["energy"].shape
+    assert compositions["train"].isdisjoint(compositions["valid"])
+    everything = label.indices([PBE / f"{name}.npz" for name in sizes])
+    assert len(everything) == len(set(everything))
+
+
+def test_no_benchmark_is_in_the_shipped_set() -> None:
+    left_out = {tuple(sorted(atomic_numbers[s] for s in Formula(text))) for text in choose.LEFT_OUT}
+    for name in ("train-1", "valid-1"):
+        arrays = read_arrays([PBE / f"{name}.npz"])
+        ends = np.cumsum(arrays["n_atoms"].astype(int))
+        found = {tuple(sorted(part.tolist())) for part in np.split(arrays["numbers"], ends[:-1])}
+        assert found.isdisjoint(left_out)
 
 
 def test_batch_has_all_pairs_within_the_cutoff_and_none_between_molecules() -> None:
@@ -230,7 +268,7 @@ def test_what_two_potentials_disagree_on_is_chosen_first() -> None:
 def test_choosing_gives_an_order_for_labels_and_leaves_benchmarks_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arrays = read_arrays([PBE / "train-0.npz"])
+    arrays = read_arrays(sorted(PBE.glob("train-*.npz")))
     ends = np.cumsum(arrays["n_atoms"].astype(int))
     compositions = [tuple(sorted(part.tolist())) for part in np.split(arrays["numbers"], ends[:-1])]
     monkeypatch.setattr(choose, "LEFT_OUT", ("C2H6",))

@@ -185,9 +185,14 @@ class _Run:
         self.step, self.elapsed = saved["step"], saved["elapsed"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averaged weights under mace's names."""
+        """The averaged weights under mace's names: all parameters, and buffers that are trained (radial frequencies).
+
+        Not the other buffers, which are built anew in any precision.
+        """
+        network = self.potential.backbone.network
+        names = {name for name, _ in network.named_parameters()} | set(self.adapter.sites)
         with self.optimiser.averaged(), self.potential.folded():
-            return {n: p.detach().clone() for n, p in self.potential.backbone.network.named_parameters()}
+            return {n: t.detach().clone() for n, t in network.state_dict().items() if n in names}
 
     def state(self) -> dict[str, Any]:
         """What `resume.pt` holds: tensors and plain values only."""
@@ -222,7 +227,7 @@ class _Run:
                 checkpoint()
                 written = time.monotonic()
                 progress(f"{self.elapsed:.0f} s, step {self.step}, loss {loss:.3f}, {self.evaluate(300)}")
-        if not all(bool(torch.isfinite(value).all()) for value in self.tensors().values()):
+        if not all(bool(torch.isfinite(value).all()) for value in self.optimiser.averages()):
             raise TrainingError(f"the weights are not finite at step {self.step}; lower the learning rate")
         checkpoint()
 
