@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MMEAError
-from ..plots import BLUE, ORANGE, finish_panel, make_panels, save_figure
+from ..plots import BLUE, ORANGE, finish_panel, make_panels, plain_log_scale, save_figure
 
 if TYPE_CHECKING:
     from .speed import Measured, Timed
@@ -28,7 +28,8 @@ def draw_speed(measured: Measured, path: str | Path) -> Path:
             if points:
                 panel.plot(*zip(*points, strict=True), color=colour, marker=mark, label=name)
         panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        plain_log_scale(panel)
     finish_panel(left, x="atoms, periodic (diamond)", y="time per call, s")
     finish_panel(right, x="replicas of aspirin in one batch", y="steps per second, all replicas")
     right.set_title("mace-torch: one calculator, one after the other", fontsize=8)
