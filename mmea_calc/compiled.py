@@ -193,7 +193,7 @@ class Programs:
         self._known[key] = None
         warnings.warn(
             f"{opened.path}.pt2 does not give what its network gives ({problem}) and is not used: "
-            "run `mmea compile` again",
+            "remove it, and run `mmea compile` again",
             stacklevel=3,
         )
         return None

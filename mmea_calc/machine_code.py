@@ -96,7 +96,9 @@ class Program:
                 self.fixed = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
             self._run = _load(path.with_suffix(".pt2"))
         except Exception as problem:  # whatever a foreign or damaged file makes torch raise
-            raise CompilationError(f"{path}.* cannot be opened ({problem}): run `mmea compile` again") from problem
+            raise CompilationError(
+                f"{path}.* cannot be opened ({problem}): remove these files, and compile again"
+            ) from problem
 
     def values(self, known: Mapping[str, Tensor]) -> list[Tensor]:
         """The values in their order, from tensors by name."""

@@ -285,7 +285,7 @@ def test_a_program_that_is_damaged_or_wrong_is_not_used(
     batch = batches()["molecule"]
     with monkeypatch.context() as patch:
         patch.setattr(machine_code, "_load", wrong)
-        with pytest.warns(UserWarning, match="is not used: run `mmea compile` again"):
+        with pytest.warns(UserWarning, match="is not used: remove it, and run `mmea compile` again"):
             assert_agree(small_potential(), batch)
     (folder / f"{program.name}.pt2").write_bytes(b"nothing of the kind")
     with pytest.warns(UserWarning, match="cannot be opened"):
