@@ -233,10 +233,12 @@ class Trainer:
     def _compile(self) -> CompiledGradient | None:
         """The compiled step, if it is wanted and can be had. The first process makes it, the others find it."""
 
-        def made() -> str:
+        made: list[CompiledGradient] = []
+
+        def make() -> str:
             """Why not, or nothing."""
             try:
-                CompiledGradient(self.potential, self.adapter, self.config)
+                made.append(CompiledGradient(self.potential, self.adapter, self.config))
             except CompilationError as problem:
                 return str(problem)
             return ""
@@ -244,10 +246,10 @@ class Trainer:
         if not self.config.compile:
             return None
         self.progress(ProgressEvent(message="compiling training steps, unless that was done before: a few minutes"))
-        if reason := self.team.from_first(made):
+        if reason := self.team.from_first(make):
             self.progress(ProgressEvent(message=f"training steps are not compiled: {reason}"))
             return None
-        return CompiledGradient(self.potential, self.adapter, self.config)
+        return made[0] if made else CompiledGradient(self.potential, self.adapter, self.config)
 
     def _scheduled_lr(self) -> float:
         warmup = max(1, self.config.warmup_steps)

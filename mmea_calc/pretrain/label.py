@@ -1,8 +1,8 @@
 """Energies and forces at PBE/def2-SVP for small structures of a packed set, and the packing of what was labelled.
 
 The level of theory is rMD17's: with density fitting and grid level 3, PySCF agrees with its forces on ethanol to
-0.4 meV/A. Most iterations are done on a coarse grid (level 1) and the last few on the fine one, which takes 2.5 to 3
-times less time and changes forces by less than 1 meV/A.
+0.4 meV/A. Most iterations are done on a coarse grid (level 1) and the last few on the fine one, which takes about half
+the time and changes forces by less than 1 meV/A.
 """
 
 from __future__ import annotations
