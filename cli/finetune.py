@@ -185,7 +185,9 @@ def finetune(
     ] = None,
     committee: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Train N adapters that differ in their seeds.", rich_help_panel=SEVERAL),
+        typer.Option(
+            metavar="N", help="Train N adapters that differ in their seeds, in one batch.", rich_help_panel=SEVERAL
+        ),
     ] = None,
     sweep: Annotated[
         list[str] | None,
@@ -196,7 +198,11 @@ def finetune(
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Trainings at a time; 1 if not given.", rich_help_panel=SEVERAL)
+        int | None,
+        typer.Option(
+            help="Trainings at a time, each by itself; 1 if not given, a committee in one batch.",
+            rich_help_panel=SEVERAL,
+        ),
     ] = None,
     cluster: Annotated[
         Literal["slurm", "local"] | None,

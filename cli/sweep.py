@@ -40,6 +40,7 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
     outcomes = train_all(
         points,
         jobs=options["jobs"] or 1,
+        one_batch=bool(options["committee"]) and options["jobs"] is None,
         cluster=options["cluster"],
         cluster_options=_cluster_options(options["slurm"] or ()),
         folder=folder,

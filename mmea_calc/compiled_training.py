@@ -30,9 +30,8 @@ from .graph import Batch
 from .loss import Labels, Loss, LossWeights, Targets, delta_of
 from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
 from .potential import Potential
+from .steps import Gradients
 from .tracing import Inputs, contraction_forms, example, trace_loss
-
-Gradients = Sequence[Tensor | None]
 
 # Largest difference to the plain gradient, relative to its norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -109,9 +108,8 @@ class CompiledGradient:
             found = self._computed(batch, labels, weights)
             if found is None:  # this batch says nothing: the next one will be asked
                 return None
-            apart, allowed = difference(found[1], plainly()[1]), _TOLERANCE[batch.tensors["positions"].dtype]
-            problem = f"it differs from the network's own by {apart:.2g} of its norm, expected at most {allowed:.2g}"
-            self._proven = apart <= allowed
+            problem = disagreement(found[1], plainly()[1], batch.tensors["positions"].dtype)
+            self._proven = not problem
         except Exception as failure:  # whatever a program for something else makes torch raise
             problem = str(failure)
         if self._proven:
@@ -178,6 +176,14 @@ def _example_targets(batch: Batch) -> Targets:
     )
     weights = LossWeights(labels.energy_mask, labels.forces_mask, labels.stress_mask)
     return targets_of(batch, labels, weights, torch.zeros_like(labels.energy), 1.0)
+
+
+def disagreement(found: Gradients, plain: Gradients, dtype: torch.dtype) -> str:
+    """What is wrong with a gradient of this precision that should be `plain`; empty if it agrees."""
+    apart, allowed = difference(found, plain), _TOLERANCE[dtype]
+    if apart <= allowed:
+        return ""
+    return f"it differs from the network's own by {apart:.2g} of its norm, expected at most {allowed:.2g}"
 
 
 def difference(one: Gradients, other: Gradients) -> float:

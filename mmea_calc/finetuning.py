@@ -35,6 +35,7 @@ from .reference_energies import ReferenceEnergies, resolve_reference_energies
 from .replay import Replay, replay_structures
 from .run_folder import RunFolder, versions
 from .sparsity import Sparsity, sparsity
+from .steps import Training, to_the_end
 from .team import SOLO, Team
 from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
 from .updates import SoftThreshold
@@ -121,6 +122,48 @@ def finetune(
         TrainingError: the loss is no longer a number (the best adapter so far is written), or a checkpoint that
             does not fit.
     """
+    return to_the_end(
+        finetuning(
+            train,
+            output,
+            valid=valid,
+            test=test,
+            backbone=backbone,
+            head=head,
+            adapter=adapter,
+            init=init,
+            training=training,
+            E0s=E0s,
+            level_of_theory=level_of_theory,
+            report=report,
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+            team=team,
+        )
+    )
+
+
+def finetuning(
+    train: Dataset,
+    output: str | Path,
+    *,
+    valid: Dataset | None = None,
+    test: Dataset | None = None,
+    backbone: str | Path | Backbone | None = None,
+    head: str | None = None,
+    adapter: AdapterConfig | None = None,
+    init: str | Path | AdapterFile | None = None,
+    training: TrainConfig | None = None,
+    E0s: str | Mapping[Any, float] | Path | None = None,
+    level_of_theory: str | None = None,
+    report: PreflightReport | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = lambda event: None,
+    team: Team = SOLO,
+) -> Training[FinetuneResult]:
+    """`finetune`, its steps handed out before they are computed (`mmea_calc.one_batch`)."""
     training = training or TrainConfig()
     start = read_adapter(init) if isinstance(init, str | Path) else init
     adapter = _form(adapter, start)
@@ -160,7 +203,7 @@ def finetune(
             output, run_dir, potential, handle, start, training, samples, data, energies, report, level_of_theory, team
         )
         run.decision = decision
-        return run.go(resume, progress if team.leads else lambda event: None)
+        return (yield from run.go(resume, progress if team.leads else lambda event: None))
     finally:
         handle.detach()
 
@@ -226,7 +269,7 @@ class _Run:
         self.train, self.valid, self.test = data
         self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
-    def go(self, resume: bool, progress: Progress) -> FinetuneResult:
+    def go(self, resume: bool, progress: Progress) -> Training[FinetuneResult]:
         replay = self._add_replay(resume)
         trainer = Trainer(
             self.potential,
@@ -261,7 +304,7 @@ class _Run:
             progress(ProgressEvent(message=f"{self.folder.path}: {text}"))
         self._write_settings()
         try:
-            trainer.run()
+            yield from trainer.steps()
         except TrainingError as problem:
             self.folder.write_csv("log.csv", trainer.log)
             if trainer.best is not None:
@@ -413,4 +456,4 @@ def _errors(group: GroupErrors) -> Errors:
     )
 
 
-__all__ = ["FinetuneResult", "finetune"]
+__all__ = ["FinetuneResult", "finetune", "finetuning"]

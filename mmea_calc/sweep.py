@@ -26,6 +26,7 @@ from .setting_values import from_text
 if TYPE_CHECKING:
     from .backbone import Backbone
     from .finetuning import FinetuneResult
+    from .steps import Training
 
 # Where all points are alike; the rest of AdapterConfig and TrainConfig, and the recipe, can be varied.
 _FIXED = ("device", "valid_fraction", "targets")
@@ -157,13 +158,20 @@ def train_point(point: Point, backbone: Backbone | None = None) -> Outcome:
         point: what to train; it goes on where it was interrupted.
         backbone: the loaded one of the point's options; None loads it.
     """
+    from .steps import to_the_end
+
+    return to_the_end(_training(point, backbone))
+
+
+def _training(point: Point, backbone: Backbone | None) -> Training[Outcome]:
+    """`train_point`, its steps handed out before they are computed."""
     record = _record(point)
     if record is not None and record["outcome"] is not None and point.output.exists():
         return Outcome(**record["outcome"])
     try:
         point.output.parent.mkdir(parents=True, exist_ok=True)
         _write_record(point, None)
-        result = _finetune(point, backbone, resume=record is not None)
+        result = yield from _finetuning(point, backbone, resume=record is not None)
     except MMEAError as problem:
         return Outcome(point.name, point.varied, reason=" ".join(str(problem).split()))
     errors = result.fine_tuned["valid"]
@@ -183,9 +191,9 @@ def train_point(point: Point, backbone: Backbone | None = None) -> Outcome:
     return outcome
 
 
-def _finetune(point: Point, backbone: Backbone | None, *, resume: bool) -> FinetuneResult:
+def _finetuning(point: Point, backbone: Backbone | None, *, resume: bool) -> Training[FinetuneResult]:
     from .data import split
-    from .finetuning import finetune
+    from .finetuning import finetuning
     from .prepared import is_prepared, open_dataset
 
     options = dict(point.options)
@@ -201,7 +209,7 @@ def _finetune(point: Point, backbone: Backbone | None, *, resume: bool) -> Finet
         train, sets["valid"] = split(train, point.training.valid_fraction, split_seed)
     if backbone is not None:
         options["backbone"] = backbone
-    return finetune(
+    return finetuning(
         train, point.output, adapter=point.adapter, training=point.training, resume=resume, **sets, **options
     )
 
@@ -228,6 +236,7 @@ def train_all(
     points: Sequence[Point],
     *,
     jobs: int = 1,
+    one_batch: bool = False,
     cluster: str | None = None,
     cluster_options: Mapping[str, Any] | None = None,
     folder: Path,
@@ -238,6 +247,8 @@ def train_all(
     Args:
         points: what to train.
         jobs: how many at a time; 1 trains in this process, one after another.
+        one_batch: train all of them at once in this process, their steps computed in one batch (`one_batch.OneBatch`).
+            They name the same backbone, head, device and precision. Not for compiled steps, which go one after another.
         cluster: None for processes of this machine; "slurm", or "local" for submitit's own processes.
         cluster_options: parameters of submitit's executor, such as timeout_min, slurm_partition, gpus_per_node.
         folder: where submitit keeps its files.
@@ -248,6 +259,8 @@ def train_all(
     """
     if jobs < 1:
         raise TrainingError(f"jobs must be at least 1, got {jobs}")
+    if cluster is None and one_batch and len(points) > 1 and not any(p.training.compile for p in points):
+        return _in_one_batch(points, told)
     if cluster is None and jobs == 1:
         return list(_one_after_another(points, told))
     with _started(points, jobs, cluster, cluster_options or {}, folder) as waiting:
@@ -256,17 +269,42 @@ def train_all(
 
 def _one_after_another(points: Sequence[Point], told: Callable[[Outcome], None]) -> Iterator[Outcome]:
     """On one backbone, which every training gives back as it was, as long as the points name the same."""
-    from .backbone import load_backbone
-
-    loaded: dict[tuple[Any, ...], Backbone] = {}
+    loaded: dict[_BackboneKey, Backbone] = {}
     for point in points:
-        options, training = point.options, point.training
-        key = (options.get("backbone"), options.get("head"), training.device, training.dtype)
+        key = _backbone_of(point)
         if key not in loaded:
             loaded.clear()
-            name, head, device, dtype = key
-            loaded[key] = load_backbone(name or DEFAULT_BACKBONE, head=head, device=device, dtype=dtype)
+            loaded[key] = _load(key)
         yield _tell(told, train_point(point, loaded[key]))
+
+
+def _in_one_batch(points: Sequence[Point], told: Callable[[Outcome], None]) -> list[Outcome]:
+    from .one_batch import OneBatch
+    from .potential import Potential
+
+    if len({_backbone_of(point) for point in points}) > 1:
+        raise TrainingError("trainings in one batch have one backbone, head, device and precision: train them apart")
+
+    def training(point: Point) -> Training[Outcome]:
+        return _tell(told, (yield from _training(point, _load(_backbone_of(point)))))
+
+    return OneBatch(Potential(_load(_backbone_of(points[0])))).run([training(point) for point in points])
+
+
+_BackboneKey = tuple[Any, Any, str, Any]
+
+
+def _backbone_of(point: Point) -> _BackboneKey:
+    """Name or path, head, device and precision."""
+    options, training = point.options, point.training
+    return options.get("backbone"), options.get("head"), training.device, training.dtype
+
+
+def _load(key: _BackboneKey) -> Backbone:
+    from .backbone import load_backbone
+
+    name, head, device, dtype = key
+    return load_backbone(name or DEFAULT_BACKBONE, head=head, device=device, dtype=dtype)
 
 
 @contextmanager

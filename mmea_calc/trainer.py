@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapter
-from .compiled_training import CompiledGradient, Gradients
+from .compiled_training import CompiledGradient
 from .config import TrainConfig, to_dict
 from .errors import CompilationError, TrainingError
 from .files import replacing
-from .loss import LabelCounts, Loss, LossWeights, loss_of
+from .loss import LabelCounts, Loss, LossWeights
 from .optimiser import Optimiser
 from .parallel import add_up, check_agreement
 from .potential import Potential
 from .replay import Replay
 from .samples import Errors, Samples, measure, stage_weights
+from .steps import Gradients, Step, Training, to_the_end
 from .team import SOLO, Team
 
 CHECKPOINT_VERSION = 1
@@ -121,7 +122,14 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        """All `steps`, one after another."""
+        to_the_end(self.steps())
+
+    def steps(self) -> Training[None]:
         """Train to the end, or on from a restored state. The best averaged weights are left in the adapter.
+
+        Yields:
+            every step before it is computed; those of a team are computed among its processes, and are not handed out.
 
         Raises:
             TrainingError: the loss is no longer a number (the best weights so far are left in the adapter), or the
@@ -131,7 +139,7 @@ class Trainer:
         try:
             self._compiled = self._compile() if self.epoch < self.config.epochs else None
             while self.epoch < self.config.epochs:
-                self._epoch()
+                yield from self._epoch()
                 self.save()
         finally:
             self.use_best()
@@ -147,7 +155,7 @@ class Trainer:
         start = self.config.stage_two_start
         return 1 if start is None or epoch < round(start * self.config.epochs) else 2
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> Training[None]:
         started = time.perf_counter()
         stage = self.stage(self.epoch)
         if stage == 2 and (self.epoch == 0 or self.stage(self.epoch - 1) == 1):
@@ -155,7 +163,7 @@ class Trainer:
         sums = np.zeros(3)
         n_rows = 0
         for rows in self._batches():
-            loss = self._step(rows, stage)
+            loss = yield from self._step(rows, stage)
             sums += len(rows) * np.array([float(t.detach()) for t in (loss.total, loss.energy, loss.forces)])
             n_rows += len(rows)
         self.epoch += 1
@@ -191,10 +199,15 @@ class Trainer:
         for step, more in enumerate(replayed):
             yield order[step * size : (step + 1) * size].tolist() + more
 
-    def _step(self, rows: list[int], stage: int) -> Loss:
+    def _step(self, rows: list[int], stage: int) -> Generator[Step, None, Loss]:
         if self.config.schedule != "plateau" and stage == 1:
             self.optimiser.lr = self._scheduled_lr()
-        loss, gradients = self._gradients(rows, stage)
+        if self.team.size == 1:
+            step = self._of(rows, stage)
+            yield step
+            loss, gradients = step.found or self._computed(step)
+        else:
+            loss, gradients = self._from_all(rows, stage)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -204,31 +217,30 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _gradients(self, rows: list[int], stage: int) -> tuple[Loss, Sequence[Tensor | None]]:
+    def _from_all(self, rows: list[int], stage: int) -> tuple[Loss, Gradients]:
         """Loss of a batch and its gradient, from all processes."""
-        if self.team.size == 1:
-            return self._part(rows, stage)
-        part, gradients = None, cast(Sequence[Tensor | None], [None] * len(self.parameters))
+        part, gradients = None, cast(Gradients, [None] * len(self.parameters))
         if mine := self.team.mine(rows):
-            part, gradients = self._part(mine, stage, self.train.label_counts(rows))
+            part, gradients = self._computed(self._of(mine, stage, self.train.label_counts(rows)))
         return add_up(self.team, part, gradients, self.parameters)
 
-    def _part(self, rows: list[int], stage: int, counts: LabelCounts | None = None) -> tuple[Loss, Gradients]:
-        """Loss of structures and its gradient; with `counts`, of a part of a batch."""
-        batch = self.potential.collate([self.train.graphs[i] for i in rows])
+    def _of(self, rows: list[int], stage: int, counts: LabelCounts | None = None) -> Step:
+        """The step of these structures; with `counts`, of a part of a batch."""
+        graphs = [self.train.graphs[i] for i in rows]
         labels = self.train.labels(rows, self.potential)
         energy_weight, forces_weight = stage_weights(self.config, stage)
         weights = LossWeights.of(
             labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight, counts=counts
         )
+        stress = self.config.stress_weight > 0 and self.train.has_stress
+        batch = self.potential.collate(graphs)
+        return Step(self.potential, self.adapter, graphs, batch, labels, weights, self.config, stress)
 
-        def plainly() -> tuple[Loss, Gradients]:
-            stress = self.config.stress_weight > 0 and self.train.has_stress
-            loss = loss_of(self.potential.predict(batch, stress=stress, training=True), labels, weights, self.config)
-            return loss, torch.autograd.grad(loss.total, self.parameters, allow_unused=True)
-
-        compiled = self._compiled(batch, labels, weights, plainly) if self._compiled is not None else None
-        return compiled or plainly()
+    def _computed(self, step: Step) -> tuple[Loss, Gradients]:
+        found = None
+        if self._compiled is not None:
+            found = self._compiled(step.batch, step.labels, step.weights, step.plainly)
+        return found or step.plainly()
 
     def _compile(self) -> CompiledGradient | None:
         """The compiled step, if it is wanted and can be had. The first process makes it, the others find it."""

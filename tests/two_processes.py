@@ -30,7 +30,7 @@ def train(folder: Path) -> None:
         found = {}
         for name, config in STEADY.items():
             at_work = trainer(data, valid, config, team=team)
-            found[name] = [at_work._gradients(rows, 1)[1] for rows in BATCHES]
+            found[name] = [at_work._from_all(rows, 1)[1] for rows in BATCHES]
         at_work = trainer(data, valid, replace(QUICK, epochs=2), team=team)
         at_work.run()
         state = {"parameters": at_work.parameters, "optimiser": at_work.optimiser.state_dict()}

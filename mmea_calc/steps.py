@@ -1,0 +1,70 @@
+"""A step of training, handed out before it is computed: so that somebody else can compute it, with others in one batch.
+
+A training is a generator of steps. Whoever runs it may fill in `found`; where it is still empty, the training computes
+the step by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .adapted import Adapter
+from .config import TrainConfig
+from .graph import Batch, Graph
+from .loss import Labels, Loss, LossWeights, loss_of
+from .potential import Potential, Prediction
+
+T = TypeVar("T")
+Gradients = Sequence[Tensor | None]
+
+
+@dataclass
+class Step:
+    """What the loss of a batch and its gradient are computed from.
+
+    Attributes:
+        potential, adapter: what is trained.
+        graphs, batch: the structures.
+        labels, weights, config: what the loss is made of.
+        stress: whether stresses are in it.
+        found: the loss and its gradient with respect to `adapter.parameters()`, once somebody has computed them.
+    """
+
+    potential: Potential
+    adapter: Adapter
+    graphs: Sequence[Graph]
+    batch: Batch
+    labels: Labels
+    weights: LossWeights
+    config: TrainConfig
+    stress: bool
+    found: tuple[Loss, Gradients] | None = field(default=None, init=False)
+
+    def loss(self, prediction: Prediction) -> Loss:
+        """Of a prediction for the batch."""
+        return loss_of(prediction, self.labels, self.weights, self.config)
+
+    def plainly(self) -> tuple[Loss, Gradients]:
+        """Loss and gradient, by the network itself."""
+        loss = self.loss(self.potential.predict(self.batch, stress=self.stress, training=True))
+        return loss, torch.autograd.grad(loss.total, self.adapter.parameters(), allow_unused=True)
+
+
+Training = Generator[Step, None, T]
+
+
+def to_the_end(training: Training[T]) -> T:
+    """Run a training whose steps nobody else computes; what it returns."""
+    try:
+        while True:
+            next(training)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        training.close()
