@@ -33,12 +33,17 @@ class _OfPotential(Calculator):
         self.results = {"energy": float(prediction.energy[0]), "forces": prediction.forces.double().cpu().numpy()}
 
 
+def calculator_of(potential: Potential) -> Calculator:
+    """A calculator of ASE for energies and forces of a potential that is loaded already."""
+    return _OfPotential(potential)
+
+
 def minimise(potential: Potential, starts: Sequence[Atoms]) -> tuple[list[Atoms], list[str]]:
     """Relaxed copies of the structures in their cells, and one sentence each for those that did not get there."""
     relaxed, messages = [], []
     for i, start in enumerate(starts):
         atoms = start.copy()
-        atoms.calc = _OfPotential(potential)
+        atoms.calc = calculator_of(potential)
         with BFGS(atoms, logfile=None) as optimiser:
             converged = optimiser.run(fmax=FMAX, steps=MAX_STEPS)
         if not converged:

@@ -27,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
     choose.add_argument("--max-heavy", type=int, default=12, help="largest number of heavy atoms")
     choose.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
 
+    sample = commands.add_parser("sample", help="frames of dynamics of small molecules and of pairs, for label --data")
+    sample.add_argument("--by", required=True, metavar="POTENTIAL", help="adapter or backbone that moves them")
+    sample.add_argument("--out", type=Path, required=True, help="folder to write")
+    sample.add_argument("--seed", type=int, default=0)
+
     label = commands.add_parser("label", help="PBE/def2-SVP labels with PySCF, one file per structure; resumable")
     label.add_argument("--data", type=Path, required=True, help="folder with train-*.npz to draw geometries from")
     label.add_argument("--out", type=Path, required=True, help="folder for the labelled structures")
@@ -36,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--limit", type=int, default=None, help="stop after so many structures")
     label.add_argument("--max-heavy", type=int, default=7, help="largest number of heavy atoms")
     label.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
-    label.add_argument("--order", type=Path, default=None, help="structures to label: a file of `choose`")
+    label.add_argument("--order", type=Path, default=None, help="structures to label: a file of `choose` or `sample`")
+    label.add_argument("--first-index", type=int, default=0, help="added to the numbers of the structures")
     label.add_argument("--atoms", action="store_true", help="label isolated atoms instead: writes OUT/e0.json")
 
     pack = commands.add_parser("pack", help="labelled structures -> train-0.npz, valid.npz, e0.json, level.txt")
@@ -50,6 +56,17 @@ def parser() -> argparse.ArgumentParser:
     unpack = commands.add_parser("unpack", help="a packed set -> train.xyz (with isolated atoms) and valid.xyz")
     unpack.add_argument("data", type=Path, help="folder with train-*.npz, valid.npz and e0.json")
     unpack.add_argument("--out", type=Path, required=True)
+
+    references = commands.add_parser("references", help="geometries, vibrations, a torsion, a dimer at PBE/def2-SVP")
+    references.add_argument("--out", type=Path, required=True, help=".json file; what is in it is not made again")
+
+    report = commands.add_parser("report", help="what a backbone is like: walls, vibrations, dynamics; json and plots")
+    report.add_argument("backbone", help="name or path")
+    report.add_argument("--data", type=Path, required=True, help="folder with valid*.npz and references.json")
+    report.add_argument("--references", type=Path, default=None, help="default: DATA/references.json")
+    report.add_argument("--out", type=Path, required=True, help="files to write, without endings")
+    report.add_argument("--md-ps", type=float, default=0.0, help="dynamics of ten larger molecules at 300 and 600 K")
+    report.add_argument("--device", default="auto")
 
     train = commands.add_parser("train", help="one stage of training; time-boxed and resumable")
     train.add_argument(
@@ -86,6 +103,24 @@ def main(arguments: list[str] | None = None) -> int:
             one, other = (open_potential(name) for name in options.pop("by"))
             count = choose(by=(one, other), progress=lambda line: print(line, flush=True), **options)
             print(f"{options['out']}: {count} structures")
+        elif command == "sample":
+            from ..md import open_potential
+            from .sample import sample
+
+            count = sample(open_potential(options.pop("by")), **options, progress=lambda line: print(line, flush=True))
+            print(f"{options['out']}: {count} structures")
+        elif command == "references":
+            from .references import make_references
+
+            print(make_references(options["out"], progress=lambda line: print(line, flush=True)), "items")
+        elif command == "report":
+            from .soundness import measure_soundness, write_soundness
+
+            out = options.pop("out")
+            found = measure_soundness(**options, progress=lambda line: print(line, flush=True))
+            for name, value in found.figures().items():
+                print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+            print(*write_soundness(found, out))
         elif command == "unpack":
             from .unpack import unpack
 

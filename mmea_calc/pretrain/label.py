@@ -153,6 +153,7 @@ def label(
     max_heavy: int = 7,
     skip: Sequence[Path] = (),
     order: Path | None = None,
+    first_index: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Label geometries, one file each, until time, number or geometries end; files that are there are left alone.
@@ -164,7 +165,8 @@ def label(
         minutes, limit: when to stop.
         max_heavy: largest number of heavy atoms, without `order`.
         skip: packed sets whose structures are left out.
-        order: which structures, and in which order: a file of `choose`.
+        order: which structures, and in which order: a file of `choose` or `sample`.
+        first_index: added to the numbers of the structures, so that those of several sets stay apart.
         progress: told of every structure.
 
     Returns:
@@ -175,10 +177,11 @@ def label(
     """
     _pyscf()
     out.mkdir(parents=True, exist_ok=True)
-    known = set(indices(skip))
+    known = {index - first_index for index in indices(skip)}
     wanted = None if order is None else indices([order])
     start, done = time.monotonic(), 0
-    for turn, (index, numbers, positions) in enumerate(draw(data, max_heavy, known, wanted)):
+    for turn, (own, numbers, positions) in enumerate(draw(data, max_heavy, known, wanted)):
+        index = first_index + own
         file = out / f"{index}.npz"
         if turn % of != worker or file.exists():
             continue
