@@ -59,6 +59,7 @@ def check(
     max_drift: Annotated[
         float | None, typer.Option(help="At constant energy, meV/atom/ps.", rich_help_panel=BOUNDS)
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Check an adapter that is not equivariant.")] = False,
     backbone: OwnBackbone = None,
     head: OwnHead = None,
     device: OwnDevice = None,
@@ -88,7 +89,7 @@ def check(
     # What was not asked for stays at the defaults of the library.
     model = {k: v for k, v in {"head": head, "device": device, "dtype": dtype}.items() if v is not None}
     potential = open_potential(adapter, backbone=backbone, **model)  # type: ignore[arg-type]
-    report = _measure(potential, atoms, config, labelled, level or _level(adapter))
+    report = _measure(potential, atoms, config, labelled, level or _level(adapter), force)
     _keep(adapter, report)
     if plot is not None:
         from mmea_calc.check.plots import page
@@ -125,7 +126,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _measure(
-    potential: Potential, atoms: Atoms, config: CheckConfig, labels: Dataset | None, level: str | None
+    potential: Potential, atoms: Atoms, config: CheckConfig, labels: Dataset | None, level: str | None, force: bool
 ) -> CheckReport:
     """Under a bar on standard error, which leaves standard output to the results."""
     from rich.console import Console
@@ -144,7 +145,7 @@ def _measure(
             told = stage
             bar.update(task, description=stage, completed=done)
 
-        return measure(potential, atoms, config, labels=labels, level_of_theory=level, progress=progress)
+        return measure(potential, atoms, config, labels=labels, level_of_theory=level, force=force, progress=progress)
 
 
 def _keep(adapter: str, report: CheckReport) -> None:

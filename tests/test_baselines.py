@@ -187,6 +187,11 @@ def test_the_commands_say_that_it_is_not_equivariant(on_disk: tuple[Path, Path, 
     assert "not equivariant" in refused.stderr
     assert "--force" in refused.stderr
     assert not (tmp_path / "RUN").exists()
+    refused = mmea("check", adapter, start, "--device", "cpu")
+    assert refused.exit_code == 1
+    assert "not equivariant" in refused.stderr
+    assert "--force" in refused.stderr
+    assert read_adapter(adapter).checks == {}
     options = ["--time", "2fs", "--stats-every", 1, "--traj-every", 1, "--drift-every", 0, "--device", "cpu"]
     forced = mmea("md", adapter, start, *options, "-o", tmp_path / "RUN", "--force")
     assert (tmp_path / "RUN" / "summary.json").exists(), forced.output

@@ -149,6 +149,21 @@ def test_what_cannot_be_used_is_told_before_anything_runs(potential: Potential) 
 # -- forgetting ------------------------------------------------------------------------------------------------------
 
 
+def test_an_adapter_that_is_not_equivariant_is_refused_unless_forced(backbone: Backbone) -> None:
+    config = AdapterConfig(method="bottleneck", gate_rank=2)
+    adapter = attach(backbone.network, config)
+    tensors = adapter.state_dict()
+    adapter.detach()
+    potential = Potential(backbone)
+    potential.use(AdapterFile(config, tensors, "small", "f" * 64))
+    try:
+        with pytest.raises(DynamicsError, match="not equivariant"):
+            check(potential, ethanol(), SHORT)
+        assert check(potential, ethanol(), SHORT, force=True).subject.label == "adapter"
+    finally:
+        potential.use(None)
+
+
 def test_the_molecules_of_the_package_are_whole_and_broad() -> None:
     found = other_molecules()
     assert {level: len(items) for level, items in found.items()} == {"GFN2-xTB": 300, "PBE/def2-SVP": 62}

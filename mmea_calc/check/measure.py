@@ -11,7 +11,7 @@ from ..config import CheckConfig
 from ..dataset import Dataset
 from ..errors import DynamicsError
 from ..graph import check_elements
-from ..md.simulation import check_settings, check_starts
+from ..md.simulation import check_equivariant, check_settings, check_starts
 from ..potential import Potential
 from . import paths
 from .dynamics import Tick, constant_energy, nve_settings, ramp, ramp_settings, thermal_frames
@@ -30,6 +30,7 @@ def check(
     *,
     labels: Dataset | None = None,
     level_of_theory: str | None = None,
+    force: bool = False,
     progress: Progress = lambda stage, done: None,
 ) -> CheckReport:
     """Measure stability, walls, forgetting and drift of a potential, and of its bare backbone beside it.
@@ -40,13 +41,15 @@ def check(
         config: settings and bounds.
         labels: structures with forces at the level of theory that the adapter was trained for.
         level_of_theory: that level, such as "PBE/def2-SVP"; decides which of the package's molecules may judge.
+        force: check an adapter whose method is not equivariant.
         progress: told what is being done.
 
     Raises:
         DataError: the structure or the labels cannot be used.
-        DynamicsError: settings that make no sense.
+        DynamicsError: settings that make no sense, or an adapter that is not equivariant.
     """
     config = config or CheckConfig()
+    check_equivariant(potential, force)
     _check(potential, atoms, config, labels)
     began = time.monotonic()
     adapted = potential.adapter is not None and potential.adapter.enabled
