@@ -93,7 +93,9 @@ def test_every_embedded_backbone_has_its_files_and_a_model_card() -> None:
     for name in EMBEDDED:
         config = json.loads((BACKBONE_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
         tensors = load_file(BACKBONE_FOLDER / f"{name}.safetensors")
-        frequencies = 8 if "-s2" in name else 0  # of the radial functions, trained from the second version on
+        frequencies = (
+            0 if name in ("mmea-organic-s", "mmea-organic-s-xtb") else 8
+        )  # of the radial functions, trained from the second version on
         assert sum(t.numel() for t in tensors.values()) == 325_328 + frequencies
         assert {t.dtype for t in tensors.values()} == {torch.float32}
         card = model_card(name)
@@ -114,6 +116,7 @@ FINGERPRINTS = {
     "mmea-organic-s": "4f80f6cf90e7c7420a7799cc6a9253b6c01182d67176e8efb7cd44cc38ff1a0b",
     "mmea-organic-s-xtb": "d5980aba7155872f9c6ebb6a7b32499faeb73e1146b77b8165b95492bbc44774",
     "mmea-organic-s2": "d753a8afae269cca1c76243f9bb1255bc2ca0b9b8bc5843a99205464aed8e158",
+    "mmea-organic-s3": "17a4aeae59e88ecff291206c159538444bed5ba11e12b03b9f2e44371b6b3eb5",
     "mmea-organic-s2-xtb": "57cc1c018420d522192ebf58157aa4dc9639b95e07b2b16484ff253255321e12",
 }
 

@@ -68,6 +68,19 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--md-ps", type=float, default=0.0, help="dynamics of ten larger molecules at 300 and 600 K")
     report.add_argument("--device", default="auto")
 
+    differences = commands.add_parser("differences", help="a set labelled at two levels -> their differences")
+    differences.add_argument("--data", type=Path, required=True, help="packed with --xtb")
+    differences.add_argument("--cheap", type=Path, required=True, help="folder with e0.json of the cheap level")
+    differences.add_argument("--out", type=Path, required=True)
+
+    relabel = commands.add_parser("relabel", help="a broad, cheap set nearly at the better level")
+    relabel.add_argument("--data", type=Path, required=True, help="folder of the broad set")
+    relabel.add_argument("--by", required=True, metavar="BACKBONE", help="trained on differences")
+    relabel.add_argument("--beside", type=Path, required=True, help="folder of the set at the better level")
+    relabel.add_argument("--out", type=Path, required=True)
+    relabel.add_argument("--number", type=int, default=30000, help="structures that are drawn")
+    relabel.add_argument("--seed", type=int, default=0)
+
     train = commands.add_parser("train", help="one stage of training; time-boxed and resumable")
     train.add_argument(
         "--data", type=Path, required=True, help="folder with train-*.npz, valid.npz, e0.json, level.txt"
@@ -103,6 +116,18 @@ def main(arguments: list[str] | None = None) -> int:
             one, other = (open_potential(name) for name in options.pop("by"))
             count = choose(by=(one, other), progress=lambda line: print(line, flush=True), **options)
             print(f"{options['out']}: {count} structures")
+        elif command == "differences":
+            from .relabel import differences
+
+            for name, count in differences(**options).items():
+                print(f"{name}: {count} structures")
+        elif command == "relabel":
+            from ..md import open_potential
+            from .relabel import relabel
+
+            by = open_potential(options.pop("by"))
+            count = relabel(by=by, **options, progress=lambda line: print(line, flush=True))
+            print(f"{options['out']}: {count} structures relabelled")
         elif command == "sample":
             from ..md import open_potential
             from .sample import sample

@@ -53,6 +53,7 @@ def _walls(axes: Axes, found: Soundness) -> None:
     axes.set_yticks([0, 1, 3, 10, 30, 100], labels=["0", "1", "3", "10", "30", "100"])
     axes.minorticks_off()
     axes.set_xlim(0.5, 2.5)
+    axes.set_ylim(-3, 300)
     finish_panel(axes, "Distance (Å)", "Energy above the minimum (eV)")
     axes.legend(fontsize=7, framealpha=0.9, edgecolor="none", ncols=2)
 

@@ -52,6 +52,8 @@ class PretrainConfig:
             per cent of the run.
         compile: train with steps compiled to machine code (`compiled_training`): minutes once, twice as fast after.
         checkpoint_minutes: time between renewals of resume.pt.
+        readout_scale: what the readouts of the start are multiplied by first: less than 1 where energies are to become
+            smaller, such as differences of two levels of theory.
         channels, max_ell, r_max: of a new network; a run with a start takes its network as it is.
         seed: of the first weights and of the order of the structures.
         device: "cpu", "cuda", "cuda:1", ..., or "auto".
@@ -71,6 +73,7 @@ class PretrainConfig:
     clip_norm: float = 10.0
     compile: bool = False
     checkpoint_minutes: float = 2.0
+    readout_scale: float = 1.0
     channels: int = 64
     max_ell: int = 2
     r_max: float = 4.5
@@ -157,6 +160,7 @@ class _Run:
         self.config = {k: v for k, v in backbone.config.items() if k not in ("notes", "licence")}  # those of the start
         if start is not None:
             self.config["start"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+            _scale_readouts(backbone.network, settings.readout_scale)
         self.train_set = packed(files, backbone.elements)
         self.valid_set = packed([data / "valid.npz"], backbone.elements)
         self.config["atomic_energies"] = [e0.get(z, 0.0) for z in backbone.elements]
@@ -305,6 +309,15 @@ def _new_config(settings: PretrainConfig, neighbours: float) -> dict[str, Any]:
         "atomic_numbers": list(ELEMENTS),
         "atomic_energies": [0.0] * len(ELEMENTS),
     }
+
+
+def _scale_readouts(network: nn.Module, factor: float) -> None:
+    """Multiply what the readouts give by about `factor`, shared among the layers of each."""
+    with torch.no_grad():
+        for readout in network.get_submodule("readouts").children():
+            weights = list(readout.parameters())
+            for weight in weights:
+                weight.mul_(factor ** (1 / len(weights)))
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
