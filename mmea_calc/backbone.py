@@ -36,8 +36,8 @@ EMBEDDED: dict[str, str] = {
     "mmea-organic-s": "small organic molecules, PBE/def2-SVP, 325,328 parameters",
     "mmea-organic-s-xtb": "the same network before its PBE stage, GFN2-xTB",
     "mmea-organic-s2": "the same shape, trained further in both stages: a fifth less error on molecules never seen",
-    "mmea-organic-s3": "the same shape, trained on 30,000 molecules of GFN2-xTB brought near PBE, and on PBE",
     "mmea-organic-s2-xtb": "mmea-organic-s2 before its PBE stage, GFN2-xTB",
+    "mmea-organic-s3": "the same shape, trained on 30,000 molecules of GFN2-xTB brought near PBE, and on PBE",
 }
 
 _TRUST_PICKLE = (

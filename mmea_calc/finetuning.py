@@ -35,7 +35,7 @@ from .reference_energies import ReferenceEnergies, resolve_reference_energies
 from .replay import Replay, replay_structures
 from .run_folder import RunFolder, versions
 from .sparsity import Sparsity, sparsity
-from .steps import Training, to_the_end
+from .steps import Training, whole
 from .team import SOLO, Team
 from .trainer import Errors, Progress, ProgressEvent, Samples, Trainer
 from .updates import SoftThreshold
@@ -73,7 +73,7 @@ class FinetuneResult:
     improved: bool
 
 
-def finetune(
+def finetuning(
     train: Dataset,
     output: str | Path,
     *,
@@ -91,8 +91,11 @@ def finetune(
     resume: bool = False,
     progress: Progress = lambda event: None,
     team: Team = SOLO,
-) -> FinetuneResult:
+) -> Training[FinetuneResult]:
     """Train an adapter on labelled structures and write it.
+
+    `finetune` does it at once; `finetuning` hands out its steps before they are computed (`one_batch.OneBatch`). Both
+    return a `FinetuneResult`.
 
     Args:
         train: structures to train on; without `valid`, a part of them (`TrainConfig.valid_fraction`) is set aside.
@@ -122,48 +125,6 @@ def finetune(
         TrainingError: the loss is no longer a number (the best adapter so far is written), or a checkpoint that
             does not fit.
     """
-    return to_the_end(
-        finetuning(
-            train,
-            output,
-            valid=valid,
-            test=test,
-            backbone=backbone,
-            head=head,
-            adapter=adapter,
-            init=init,
-            training=training,
-            E0s=E0s,
-            level_of_theory=level_of_theory,
-            report=report,
-            run_dir=run_dir,
-            resume=resume,
-            progress=progress,
-            team=team,
-        )
-    )
-
-
-def finetuning(
-    train: Dataset,
-    output: str | Path,
-    *,
-    valid: Dataset | None = None,
-    test: Dataset | None = None,
-    backbone: str | Path | Backbone | None = None,
-    head: str | None = None,
-    adapter: AdapterConfig | None = None,
-    init: str | Path | AdapterFile | None = None,
-    training: TrainConfig | None = None,
-    E0s: str | Mapping[Any, float] | Path | None = None,
-    level_of_theory: str | None = None,
-    report: PreflightReport | None = None,
-    run_dir: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = lambda event: None,
-    team: Team = SOLO,
-) -> Training[FinetuneResult]:
-    """`finetune`, its steps handed out before they are computed (`mmea_calc.one_batch`)."""
     training = training or TrainConfig()
     start = read_adapter(init) if isinstance(init, str | Path) else init
     adapter = _form(adapter, start)
@@ -206,6 +167,9 @@ def finetuning(
         return (yield from run.go(resume, progress if team.leads else lambda event: None))
     finally:
         handle.detach()
+
+
+finetune = whole(finetuning, name="finetune")
 
 
 def _form(adapter: AdapterConfig | None, start: AdapterFile | None) -> AdapterConfig:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -47,6 +48,7 @@ class OneBatch:
         self.potential = potential
         potential.backbone.network.requires_grad_(False)
         self._usable = True
+        self._plans: dict[tuple[Adapter, ...], list[_Adapted]] = {}
         self._most: int | None = None  # steps in one batch; None: all of them
 
     def run(self, trainings: Sequence[Training[T]]) -> list[T]:
@@ -117,7 +119,10 @@ class OneBatch:
 
     def _together(self, steps: list[Step]) -> list[tuple[Loss, Gradients]]:
         batch = self.potential.collate([graph for step in steps for graph in step.graphs])
-        with _shared(self.potential.backbone.network, steps):
+        adapters = tuple(step.adapter for step in steps)
+        if adapters not in self._plans:
+            self._plans[adapters] = _adapted(self.potential.backbone.network, adapters)
+        with _shared(self._plans[adapters], steps):
             prediction = self.potential.predict(batch, stress=any(s.stress for s in steps), training=True)
         losses = [step.loss(part) for step, part in zip(steps, _parts(prediction, steps), strict=True)]
         parameters = [step.adapter.parameters() for step in steps]
@@ -148,28 +153,51 @@ def _parts(prediction: Prediction, steps: Sequence[Step]) -> Iterator[Prediction
 # Whose a row is -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _shared(network: nn.Module, steps: Sequence[Step]) -> Iterator[None]:
-    """Within this context what is adapted in `network` is each step's own, for the rows of its batch.
+@dataclass(frozen=True)
+class _Adapted:
+    """One layer that some training adapts.
 
-    Raises:
-        MMEAError: something else is adapted than layers.
+    Attributes:
+        path: of the layer.
+        shared: it, in the network that all go through.
+        own: it, in the network of each training.
+        gates: what acts on its output in each training, if that is all, and of one form.
+        kind: what its rows are, "atoms" or "edges".
     """
-    networks = [step.adapter.network for step in steps]
+
+    path: str
+    shared: nn.Module
+    own: list[nn.Module]
+    gates: list[LinearPart] | None
+    kind: str
+
+
+def _adapted(network: nn.Module, adapters: Sequence[Adapter]) -> list[_Adapted]:
+    """All layers that one of the adapters changes. Raises MMEAError where something else is changed than layers."""
+    kinds = {path: kind for adapter in adapters for path, kind in adapted_layers(adapter).items()}
+    updated = {site.name for adapter in adapters for site in adapter.sites.values()}
+    found = []
+    for path, kind in kinds.items():
+        gates = [adapter.on_linears[path] for adapter in adapters if path in adapter.on_linears]
+        alike = path not in updated and len(gates) == len(adapters) and len({_form(gate) for gate in gates}) == 1
+        own = [adapter.network.get_submodule(path) for adapter in adapters]
+        found.append(_Adapted(path, network.get_submodule(path), own, gates if alike else None, kind))
+    return found
+
+
+@contextmanager
+def _shared(layers: Sequence[_Adapted], steps: Sequence[Step]) -> Iterator[None]:
+    """Within this context what is adapted is each step's own, for the rows of its batch."""
     rows = {
         "atoms": [step.batch.n_atoms for step in steps],
         "edges": [step.batch.tensors["edge_index"].shape[1] for step in steps],
     }
-    adapted = {path: kind for step in steps for path, kind in adapted_layers(step.adapter).items()}
-    updated = {site.name for step in steps for site in step.adapter.sites.values()}
     with ExitStack() as stack:
-        for path, kind in adapted.items():
-            layer = network.get_submodule(path)
-            parts = [step.adapter.on_linears.get(path) for step in steps]
-            forward: Callable[..., Tensor] = _Layers(path, [n.get_submodule(path) for n in networks], rows[kind])
-            if path not in updated and all(parts) and len({_form(part) for part in parts if part}) == 1:
-                forward = _Gated(layer.forward, [part for part in parts if part], rows[kind])
-            stack.enter_context(_replaced(layer, forward))
+        for layer in layers:
+            forward: Callable[..., Tensor] = _Layers(layer.path, layer.own, rows[layer.kind])
+            if layer.gates is not None:
+                forward = _Gated(layer.shared.forward, layer.gates, rows[layer.kind])
+            stack.enter_context(_replaced(layer.shared, forward))
         yield
 
 

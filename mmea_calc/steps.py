@@ -6,9 +6,11 @@ the step by itself.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import wraps
+from inspect import Signature, signature
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from .graph import Batch, Graph
 from .loss import Labels, Loss, LossWeights, loss_of
 from .potential import Potential, Prediction
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
 
@@ -68,3 +71,15 @@ def to_the_end(training: Training[T]) -> T:
         return result
     finally:
         training.close()
+
+
+def whole(training: Callable[P, Training[T]], *, name: str) -> Callable[P, T]:
+    """The function of this name that runs a training to the end and returns what it returns; the same arguments."""
+
+    @wraps(training)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        return to_the_end(training(*args, **options))
+
+    run.__name__ = run.__qualname__ = name
+    run.__signature__ = signature(training).replace(return_annotation=Signature.empty)  # type: ignore[attr-defined]
+    return run

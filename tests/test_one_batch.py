@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,30 +107,31 @@ def test_every_training_gets_its_own_gradient_on_every_architecture(name: str) -
 
 
 @pytest.fixture(scope="module")
-def four() -> list[Backbone]:
+def backbones() -> list[Backbone]:
     return [backbone_of() for _ in range(4)]
+
+
+@pytest.fixture
+def four(backbones: list[Backbone]) -> Iterator[list[Backbone]]:
+    """One that all go through, and three for trainings, whose adapters are taken off again."""
+    yield backbones
+    for backbone in backbones:
+        if adapter := attached(backbone.network):
+            adapter.detach()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_training_gets_its_own_gradient_for_every_method(method: str, four: list[Backbone]) -> None:
     steps = [step_of(b, AdapterConfig(method=method, gate_rank=2, low_rank=2), k) for k, b in enumerate(four[1:])]
-    try:
-        found = computed(Potential(four[0]), steps)
-        assert_own(found, steps)
-    finally:
-        for step in steps:
-            step.adapter.detach()
+    found = computed(Potential(four[0]), steps)
+    assert_own(found, steps)
 
 
 def test_trainings_may_differ_in_what_they_adapt_and_learn_stresses(four: list[Backbone]) -> None:
     configs = (AdapterConfig("gates", gate_rank=3), AdapterConfig("elora", low_rank=2), AdapterConfig("readout"))
     steps = [step_of(b, c, k, stress=k == 0) for k, (b, c) in enumerate(zip(four[1:], configs, strict=True))]
-    try:
-        assert_own(computed(Potential(four[0]), steps), steps)
-        assert steps[0].plainly()[0].stress > 0
-    finally:
-        for step in steps:
-            step.adapter.detach()
+    assert_own(computed(Potential(four[0]), steps), steps)
+    assert steps[0].plainly()[0].stress > 0
 
 
 def test_the_plain_path_does_the_same() -> None:
@@ -145,11 +146,7 @@ def test_the_network_that_all_go_through_is_left_as_it_was(four: list[Backbone])
     before = hub.predict(batch)
     forwards = {name: m.__dict__.get("forward") for name, m in four[0].network.named_modules()}
     steps = [step_of(b, AdapterConfig(gate_rank=2, low_rank=2), k) for k, b in enumerate(four[1:])]
-    try:
-        computed(hub, steps)
-    finally:
-        for step in steps:
-            step.adapter.detach()
+    computed(hub, steps)
     assert {name: m.__dict__.get("forward") for name, m in four[0].network.named_modules()} == forwards
     after = hub.predict(batch)
     assert torch.equal(before.energy, after.energy)
@@ -173,14 +170,10 @@ def test_what_memory_does_not_hold_goes_in_smaller_batches(
 
     monkeypatch.setattr(Potential, "predict", small_memory)
     steps = [step_of(b, AdapterConfig(gate_rank=2, low_rank=2), k) for k, b in enumerate(four[1:])]
-    try:
-        rounds = OneBatch(hub).run([training(step, 2) for step in steps])
-        for which in range(2):
-            assert_own([found[which] for found in rounds], steps)
-        assert sizes == [7, 4, 4]  # all, then the first two together and the last alone; all are not tried again
-    finally:
-        for step in steps:
-            step.adapter.detach()
+    rounds = OneBatch(hub).run([training(step, 2) for step in steps])
+    for which in range(2):
+        assert_own([found[which] for found in rounds], steps)
+    assert sizes == [7, 4, 4]  # all, then the first two together and the last alone; all are not tried again
 
 
 def test_a_wrong_gradient_is_found_out_and_members_go_on_alone(
@@ -193,13 +186,9 @@ def test_a_wrong_gradient_is_found_out_and_members_go_on_alone(
         return [(loss, [None if g is None else 1.01 * g for g in gs]) for loss, gs in right(self, some)]
 
     monkeypatch.setattr(OneBatch, "_together", wrong)
-    try:
-        with pytest.warns(UserWarning, match=r"go on one by one: the gradient of number \d: it differs .* by 0\.01"):
-            found = OneBatch(Potential(four[0])).run([training(step) for step in steps])
-        assert_own([one for (one,) in found], steps)
-    finally:
-        for step in steps:
-            step.adapter.detach()
+    with pytest.warns(UserWarning, match=r"go on one by one: the gradient of number \d: it differs .* by 0\.01"):
+        found = OneBatch(Potential(four[0])).run([training(step) for step in steps])
+    assert_own([one for (one,) in found], steps)
 
 
 def test_a_layer_that_mixes_rows_is_found_out(four: list[Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,13 +196,9 @@ def test_a_layer_that_mixes_rows_is_found_out(four: list[Backbone], monkeypatch:
     monkeypatch.setattr(
         "mmea_calc.one_batch.adapted_layers", lambda adapter: {"interactions.0.conv_tp_weights.layer0": "atoms"}
     )
-    try:
-        with pytest.warns(UserWarning, match=r"conv_tp_weights.layer0 takes an input of shape .*, expected \d+ rows"):
-            found = OneBatch(Potential(four[0])).run([training(step) for step in steps])
-        assert_own([one for (one,) in found], steps)
-    finally:
-        for step in steps:
-            step.adapter.detach()
+    with pytest.warns(UserWarning, match=r"conv_tp_weights.layer0 takes an input of shape .*, expected \d+ rows"):
+        found = OneBatch(Potential(four[0])).run([training(step) for step in steps])
+    assert_own([one for (one,) in found], steps)
 
 
 # Whole trainings ----------------------------------------------------------------------------------------------------

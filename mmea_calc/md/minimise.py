@@ -33,21 +33,22 @@ class _OfPotential(Calculator):
         self.results = {"energy": float(prediction.energy[0]), "forces": prediction.forces.double().cpu().numpy()}
 
 
-def calculator_of(potential: Potential) -> Calculator:
-    """A calculator of ASE for energies and forces of a potential that is loaded already."""
-    return _OfPotential(potential)
+def minimise(potential: Potential, starts: Sequence[Atoms], *, fmax: float = FMAX) -> tuple[list[Atoms], list[str]]:
+    """Relaxed copies of the structures in their cells, and one sentence each for those that did not get there.
 
-
-def minimise(potential: Potential, starts: Sequence[Atoms]) -> tuple[list[Atoms], list[str]]:
-    """Relaxed copies of the structures in their cells, and one sentence each for those that did not get there."""
+    Args:
+        potential: whose minima are looked for.
+        starts: structures to begin from.
+        fmax: largest force of a relaxed structure, eV/A.
+    """
     relaxed, messages = [], []
     for i, start in enumerate(starts):
         atoms = start.copy()
-        atoms.calc = calculator_of(potential)
+        atoms.calc = _OfPotential(potential)
         with BFGS(atoms, logfile=None) as optimiser:
-            converged = optimiser.run(fmax=FMAX, steps=MAX_STEPS)
+            converged = optimiser.run(fmax=fmax, steps=MAX_STEPS)
         if not converged:
-            messages.append(f"start structure {i}: the largest force is above {FMAX} eV/A after {MAX_STEPS} steps")
+            messages.append(f"start structure {i}: the largest force is above {fmax} eV/A after {MAX_STEPS} steps")
         atoms.calc = None
         relaxed.append(atoms)
     return relaxed, messages

@@ -11,8 +11,8 @@ The molecules of rMD17, 3BPA and acetylacetone are left out, as are all of their
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import pairwise, zip_longest
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,8 @@ from ase.data import atomic_numbers
 from ase.formula import Formula
 
 from ..errors import DataError
-from ..files import replacing
 from ..potential import Potential
-from .dataset import read_arrays
+from .dataset import read_arrays, spans, write_arrays
 from .label import LARGEST_FORCE, indices
 
 # rMD17's ten, then 3BPA and acetylacetone.
@@ -67,27 +66,25 @@ def choose(
         DataError: the set cannot be read, or nothing is left of it.
     """
     arrays = read_arrays(sorted(data.glob("train-[0-9]*.npz")))
-    starts = np.concatenate([[0], np.cumsum(arrays["n_atoms"].astype(np.int64))])
-    spans = [slice(a, b) for a, b in pairwise(starts)]
-    known = set(indices(skip))
-    left_out = {tuple(sorted(atomic_numbers[s] for s in Formula(text))) for text in LEFT_OUT}
+    where = spans(arrays)
+    known, left_out = set(indices(skip)), compositions_left_out()
     seen: Counter[tuple[int, ...]] = Counter()
     groups: dict[bool, list[int]] = {True: [], False: []}
-    for k in np.random.default_rng(seed).permutation(len(spans)).tolist():
-        span = spans[k]
-        composition = tuple(sorted(arrays["numbers"][span].tolist()))
-        heavy = sum(z > 1 for z in composition)
-        if k in known or composition in left_out or not (len(composition) >= 4 and 3 <= heavy <= max_heavy):
+    for k in np.random.default_rng(seed).permutation(len(where)).tolist():
+        span = where[k]
+        made_of = composition(arrays["numbers"][span])
+        heavy = sum(z > 1 for z in made_of)
+        if k in known or made_of in left_out or not (len(made_of) >= 4 and 3 <= heavy <= max_heavy):
             continue
-        if seen[composition] == _PER_COMPOSITION or float(np.abs(arrays["forces"][span]).max()) > LARGEST_FORCE:
+        if seen[made_of] == _PER_COMPOSITION or float(np.abs(arrays["forces"][span]).max()) > LARGEST_FORCE:
             continue
-        seen[composition] += 1
-        groups[set(composition) <= {1, 6, 7, 8}].append(k)
+        seen[made_of] += 1
+        groups[set(made_of) <= {1, 6, 7, 8}].append(k)
     shares = {True: _COMMON_PER_OTHER, False: 1}
     orders = {}
     for common, members in groups.items():
         members = members[: pool * shares[common] // sum(shares.values())]
-        structures = [Atoms(arrays["numbers"][spans[k]], arrays["positions"][spans[k]].astype(float)) for k in members]
+        structures = [Atoms(arrays["numbers"][where[k]], arrays["positions"][where[k]].astype(float)) for k in members]
         apart = disagreement(by, structures)
         orders[common] = [members[i] for i in ordered(apart, np.array([len(s) for s in structures]))]
         if members:
@@ -99,9 +96,18 @@ def choose(
     chosen = interleaved(orders[True], orders[False])
     if not chosen:
         raise DataError(f"{data} has no structures to choose from that are not left out")
-    with replacing(out) as part, part.open("wb") as stream:
-        np.savez(stream, index=np.array(chosen))
+    write_arrays(out, index=np.array(chosen))
     return len(chosen)
+
+
+def composition(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Equal for isomers."""
+    return tuple(sorted(int(z) for z in numbers))
+
+
+def compositions_left_out() -> set[tuple[int, ...]]:
+    """Those of `LEFT_OUT`."""
+    return {composition(atomic_numbers[s] for s in Formula(text)) for text in LEFT_OUT}
 
 
 def disagreement(by: tuple[Potential, Potential], structures: Sequence[Atoms]) -> np.ndarray:

@@ -7,7 +7,8 @@ A set is a folder: train-*.npz and valid.npz with `numbers` (atoms), `n_atoms` (
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import replacing, write_text
 from ..graph import Batch
 from ..loss import Labels
 
@@ -120,24 +122,53 @@ class PackedSet:
         return sum(b.tensors["edge_index"].shape[1] for b in batches) / sum(b.n_atoms for b in batches)
 
 
-def read_arrays(files: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The arrays of several packed files, one after the other. Raises DataError."""
+def read_arrays(files: Sequence[Path], *, more: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of several packed files, one after the other, those named in `more` among them. Raises DataError."""
+    keys = (*_KEYS, *more)
     if not files:
         raise DataError("no packed set found; expected train-*.npz and valid.npz in the folder")
     parts: list[dict[str, np.ndarray]] = []
     for file in files:
         try:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-                parts.append({key: content[key] for key in _KEYS})
+                parts.append({key: content[key] for key in keys})
         except (OSError, ValueError, KeyError, BadZipFile) as problem:
-            raise DataError(f"{file} is not a packed set with {', '.join(_KEYS)} ({problem})") from problem
-    arrays = {key: np.concatenate([part[key] for part in parts]) for key in _KEYS}
+            raise DataError(f"{file} is not a packed set with {', '.join(keys)} ({problem})") from problem
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     n_atoms = int(arrays["n_atoms"].astype(np.int64).sum())
     if {len(arrays[k]) for k in ("numbers", "positions", "forces")} != {n_atoms}:
         raise DataError(f"{files[0].parent}: n_atoms sums to {n_atoms}, but the arrays per atom have other lengths")
     if len(arrays["energy"]) != len(arrays["n_atoms"]):
         raise DataError(f"{files[0].parent}: {len(arrays['energy'])} energies for {len(arrays['n_atoms'])} structures")
     return arrays
+
+
+def spans(arrays: Mapping[str, np.ndarray]) -> list[slice]:
+    """Where the atoms of each structure are in the arrays per atom."""
+    ends = np.concatenate([[0], np.cumsum(arrays["n_atoms"], dtype=np.int64)]).tolist()
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def write_arrays(file: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz file, whole or not at all."""
+    with replacing(file) as part, part.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+
+
+def describe(folder: Path, e0: Mapping[int, float], level: str) -> None:
+    """Write e0.json and level.txt of a set."""
+    write_text(folder / "e0.json", json.dumps({str(z): e for z, e in sorted(e0.items())}, indent=1) + "\n")
+    write_text(folder / "level.txt", level + "\n")
+
+
+def read_level(folder: Path) -> str:
+    """The level of theory of a set. Raises DataError."""
+    try:
+        return (folder / "level.txt").read_text(encoding="utf-8").strip()
+    except OSError as problem:
+        raise DataError(
+            f"{folder / 'level.txt'} is missing; it says the level of theory of the set in one line"
+        ) from problem
 
 
 def read_e0(folder: Path) -> dict[int, float]:

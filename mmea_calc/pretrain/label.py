@@ -11,7 +11,6 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -21,7 +20,7 @@ from ase.data import chemical_symbols
 
 from ..errors import DataError, MMEAError
 from ..files import replacing, write_text
-from .dataset import read_arrays, read_e0
+from .dataset import describe, read_arrays, read_e0, spans, write_arrays
 
 # CODATA 2018, eV and A; the shipped reference energies were made with them
 HARTREE, BOHR = 27.211386245988, 0.529177210903
@@ -40,7 +39,8 @@ def _pyscf() -> Any:
     return pyscf
 
 
-def _mean_field(numbers: Sequence[int], positions: np.ndarray, *, unpaired: int = 0, grid: int = 3) -> Any:
+def mean_field(numbers: Sequence[int], positions: np.ndarray, *, unpaired: int = 0, grid: int = 3) -> Any:
+    """PySCF's mean field of a molecule at this level of theory, not converged yet. Raises MMEAError."""
     pyscf = _pyscf()
     atoms = [(chemical_symbols[z], tuple(x)) for z, x in zip(numbers, positions, strict=True)]
     molecule = pyscf.gto.M(atom=atoms, basis="def2-svp", ecp={"I": "def2-svp"}, spin=unpaired, verbose=0)
@@ -61,7 +61,7 @@ def energy_and_forces(numbers: Sequence[int], positions: np.ndarray) -> tuple[fl
         MMEAError: PySCF is not installed.
     """
     pyscf = _pyscf()
-    field = _mean_field(numbers, positions, grid=1)
+    field = mean_field(numbers, positions, grid=1)
     field.with_df.build()  # once for both grids
     field.conv_tol, field.conv_tol_grad = 1e-7, 1e-4
     field.kernel()
@@ -83,7 +83,7 @@ def label_atoms(out: Path) -> Path:
     Raises:
         MMEAError: PySCF is not installed.
     """
-    e0 = {z: _mean_field([z], np.zeros((1, 3)), unpaired=s, grid=4).kernel() * HARTREE for z, s in UNPAIRED.items()}
+    e0 = {z: mean_field([z], np.zeros((1, 3)), unpaired=s, grid=4).kernel() * HARTREE for z, s in UNPAIRED.items()}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "e0.json", json.dumps({str(z): float(e) for z, e in e0.items()}, indent=1) + "\n")
     return out / "e0.json"
@@ -100,16 +100,15 @@ def draw(
         number of the structure in the set, atomic numbers, positions (A).
     """
     arrays = read_arrays(sorted(folder.glob("train-[0-9]*.npz")))
-    starts = np.concatenate([[0], np.cumsum(arrays["n_atoms"].astype(np.int64))])
-    spans = [slice(a, b) for a, b in pairwise(starts)]
+    where = spans(arrays)
 
     def one(k: int) -> tuple[int, np.ndarray, np.ndarray]:
-        span = spans[k]
+        span = where[k]
         return k, arrays["numbers"][span].astype(np.int64), arrays["positions"][span].astype(np.float64)
 
     if order is not None:
-        if unknown := [int(k) for k in order if not 0 <= k < len(spans)]:
-            raise DataError(f"{folder} has {len(spans)} structures, and the order asks for number {unknown[0]}")
+        if unknown := [int(k) for k in order if not 0 <= k < len(where)]:
+            raise DataError(f"{folder} has {len(where)} structures, and the order asks for number {unknown[0]}")
         yield from (one(int(k)) for k in order if int(k) not in skip)
         return
 
@@ -118,11 +117,11 @@ def draw(
         small = 4 <= n_atoms <= 2.5 * max_heavy and heavy <= max_heavy
         return small and float(np.abs(arrays["forces"][span]).max()) < LARGEST_FORCE
 
-    candidates = np.random.default_rng(0).permutation([k for k, span in enumerate(spans) if fits(span)])
+    candidates = np.random.default_rng(0).permutation([k for k, span in enumerate(where) if fits(span)])
     seen: dict[tuple[int, ...], int] = {}
     turns = []
     for k in candidates:
-        composition = tuple(sorted(arrays["numbers"][spans[k]].tolist()))
+        composition = tuple(sorted(arrays["numbers"][where[k]].tolist()))
         turns.append(seen.setdefault(composition, 0))
         seen[composition] += 1
     for k in candidates[np.argsort(turns, kind="stable")]:
@@ -251,15 +250,10 @@ def pack(
         per_structure = ["energy", "index", *(["energy_xtb"] if xtb else [])]
         arrays: dict[str, Any] = {key: np.concatenate([s[key] for s in members]).astype("f4") for key in per_atom}
         arrays |= {key: np.array([s[key].item() for s in members]) for key in per_structure}
-        with replacing(out / f"{name}.npz") as part, part.open("wb") as stream:
-            np.savez_compressed(
-                stream,
-                numbers=np.concatenate([s["numbers"] for s in members]).astype(np.uint8),
-                n_atoms=np.array([len(s["numbers"]) for s in members], np.uint8),
-                **arrays,
-            )
-    write_text(out / "e0.json", json.dumps({str(z): e for z, e in energies.items()}, indent=1) + "\n")
-    write_text(out / "level.txt", LEVEL_OF_THEORY + "\n")
+        arrays["numbers"] = np.concatenate([s["numbers"] for s in members]).astype(np.uint8)
+        arrays["n_atoms"] = np.array([len(s["numbers"]) for s in members], np.uint8)
+        write_arrays(out / f"{name}.npz", **arrays)
+    describe(out, energies, LEVEL_OF_THEORY)
     return {name: len(members) for name, members in sets.items()}
 
 

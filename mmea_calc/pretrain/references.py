@@ -21,7 +21,7 @@ from ase.vibrations import VibrationsData
 
 from ..errors import DataError, MMEAError
 from ..files import write_text
-from .label import BOHR, HARTREE, LEVEL_OF_THEORY, _mean_field, energy_and_forces
+from .label import BOHR, HARTREE, LEVEL_OF_THEORY, energy_and_forces, mean_field
 
 # Names of ASE's g2 collection; none of them is in a benchmark that this project measures itself by.
 MOLECULES = (
@@ -98,8 +98,10 @@ def _kept(atoms: Atoms) -> dict[str, Any]:
 def _vibrating(atoms: Atoms) -> dict[str, Any]:
     """Optimised, with its harmonic wavenumbers, cm^-1."""
     atoms = _optimised(atoms)
-    field = _mean_field(atoms.numbers.tolist(), atoms.positions)
+    field = mean_field(atoms.numbers.tolist(), atoms.positions)
     field.kernel()
+    if not field.converged:
+        raise MMEAError(f"{atoms.get_chemical_formula()} does not converge")
     hessian = np.asarray(field.Hessian().kernel()).transpose(0, 2, 1, 3) * HARTREE / BOHR**2
     return {**_kept(atoms), "wavenumbers": wavenumbers(atoms, hessian).tolist()}
 
@@ -162,7 +164,7 @@ def butane_scan(atoms: Atoms) -> list[Atoms]:
 
 def _water_dimer() -> dict[str, Any]:
     """Interaction energies while the two molecules are moved apart along O-O, all else as in the optimised dimer."""
-    water = _optimised(molecule("H2O"))
+    water = float(_optimised(molecule("H2O")).get_potential_energy())
     # donor O-H towards the acceptor's oxygen
     start = Atoms(
         "OHHOHH",
@@ -175,7 +177,7 @@ def _water_dimer() -> dict[str, Any]:
     found = []
     for apart in dimer_scan(dimer):
         apart.calc = _PBE()
-        found.append({**_kept(apart), "interaction": float(apart.get_potential_energy()) - 2 * _kept(water)["energy"]})
+        found.append({**_kept(apart), "interaction": float(apart.get_potential_energy()) - 2 * water})
     distance = float(dimer.get_distance(0, 3))
     return {**_kept(dimer), "distances": [distance + s for s in SEPARATIONS], "scan": found}
 

@@ -22,10 +22,10 @@ from scipy.spatial.transform import Rotation
 
 from ..config import MDConfig
 from ..errors import MMEAError
-from ..files import replacing
 from ..md.record import record
 from ..potential import Potential
-from .choose import LEFT_OUT
+from .choose import composition, compositions_left_out
+from .dataset import write_arrays
 from .label import LARGEST_FORCE, UNPAIRED
 from .references import MOLECULES
 
@@ -73,41 +73,39 @@ def sample(
     if not kept:
         raise MMEAError("no frame is left: the potential does not hold these molecules together")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "train-0.npz") as part, part.open("wb") as stream:
-        np.savez_compressed(
-            stream,
-            numbers=np.concatenate([found[i].numbers for i in kept]).astype(np.uint8),
-            n_atoms=np.array([len(found[i]) for i in kept], np.uint8),
-            positions=np.concatenate([found[i].positions for i in kept]).astype("f4"),
-            forces=np.concatenate([forces[i].numpy() for i in kept]).astype("f4"),
-            energy=np.array([float(energies[i]) for i in kept]),
-        )
-    with replacing(out / "order.npz") as part, part.open("wb") as stream:
-        np.savez(stream, index=np.arange(len(kept)))
+    write_arrays(
+        out / "train-0.npz",
+        numbers=np.concatenate([found[i].numbers for i in kept]).astype(np.uint8),
+        n_atoms=np.array([len(found[i]) for i in kept], np.uint8),
+        positions=np.concatenate([found[i].positions for i in kept]).astype("f4"),
+        forces=np.concatenate([forces[i].numpy() for i in kept]).astype("f4"),
+        energy=np.array([float(energies[i]) for i in kept]),
+    )
+    write_arrays(out / "order.npz", index=np.arange(len(kept)))
     return len(kept)
 
 
 def single_molecules() -> list[Atoms]:
     """Closed-shell molecules of ASE's g2 collection with elements that labels know."""
-    left_out = {_composition(Atoms(text)) for text in LEFT_OUT}
+    left_out = compositions_left_out()
     found = []
     for name in g2.names:
         atoms = molecule(name)
         closed = not atoms.get_initial_magnetic_moments().any() and int(atoms.numbers.sum()) % 2 == 0
         if not closed or len(atoms) < 2 or name in (*MOLECULES, *_CARBENES):
             continue
-        if set(atoms.numbers.tolist()) <= set(UNPAIRED) and _composition(atoms) not in left_out:
+        if set(atoms.numbers.tolist()) <= set(UNPAIRED) and composition(atoms.numbers) not in left_out:
             found.append(Atoms(atoms.numbers, atoms.positions))
     return found
 
 
 def touching_pairs(rng: np.random.Generator) -> list[Atoms]:
     """Every two of `PARTNERS` in a random orientation at contact; not two waters."""
-    left_out = {_composition(Atoms(text)) for text in LEFT_OUT}
+    left_out = compositions_left_out()
     found = []
     for one, other in combinations_with_replacement(PARTNERS, 2):
         first, second = molecule(one), molecule(other)
-        if (one, other) == ("H2O", "H2O") or _composition(first + second) in left_out:
+        if (one, other) == ("H2O", "H2O") or composition((first + second).numbers) in left_out:
             continue
         for part in (first, second):
             part.positions = Rotation.random(random_state=rng).apply(part.positions - part.get_center_of_mass())
@@ -122,10 +120,6 @@ def touching_pairs(rng: np.random.Generator) -> list[Atoms]:
 
 def _nearest(one: Atoms, other: Atoms) -> float:
     return float(np.linalg.norm(one.positions[:, None] - other.positions[None], axis=-1).min())
-
-
-def _composition(atoms: Atoms) -> tuple[int, ...]:
-    return tuple(sorted(atoms.numbers.tolist()))
 
 
 __all__ = ["PARTNERS", "sample", "single_molecules", "touching_pairs"]

@@ -1,6 +1,6 @@
 """What a backbone is like beside its errors of forces: walls, separation, torsion, hydrogen bond, vibrations, dynamics.
 
-    python -m mmea_calc.pretrain report mmea-organic-s2 --data data/pbe --out docs/backbones/mmea-organic-s2
+    python -m mmea_calc.pretrain report mmea-organic-s3 --data data/pbe --out docs/backbones/mmea-organic-s3
 
 The references (`references`) are of the level of theory of data/pbe; for a backbone of another level they say nothing.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.build import molecule
-from ase.optimize import BFGS
+from ase.data import covalent_radii
 
 from ..check.paths import pairs
 from ..check.scans import Scan, evaluate, scan
@@ -25,19 +24,19 @@ from ..config import CheckConfig
 from ..errors import DataError
 from ..files import json_ready, write_text
 from ..md import open_potential
-from ..md.minimise import calculator_of
+from ..md.minimise import minimise
+from ..md.monitor import BONDED
 from ..md.stability import quick_check
 from ..potential import Potential
-from .dataset import read_arrays
+from .dataset import read_arrays, spans
 from .references import MOLECULES, read_references, wavenumbers
 
 # Everything above the wall's beginning counts: an atom pair that is pushed together must be pushed back.
 WALLS = CheckConfig(wall_from_A=0.5, max_hole_rim_eV=np.inf)
 GAPS = np.round(np.arange(2.0, 6.01, 0.1), 3)  # between the nearest atoms of two molecules, A
 STEP = 0.005  # of finite differences, A
-CONVERGED, MOST_STEPS = 1e-3, 1000  # largest force of an optimised geometry, eV/A
+CONVERGED = 1e-3  # largest force of a geometry at rest, eV/A
 DRUG_LIKE = 10
-BONDED = 1.3  # atoms nearer than this times the sum of their covalent radii, in the reference
 
 
 @dataclass(frozen=True)
@@ -173,10 +172,16 @@ def measure_soundness(
     progress("torsion and hydrogen bond")
     butane, water = known["butane"], known["water dimer"]
     torsion, torsion_reference = _along(potential, butane["scan"])
-    monomer = _optimised(potential, _atoms(known["H2O"]))
-    hydrogen_bond = _along(potential, water["scan"])[0] - 2e3 * float(monomer.get_potential_energy())
     progress("geometries and vibrations")
-    vibrating = tuple(_vibrating(potential, name, known[name]) for name in MOLECULES if name in known)
+    names = [name for name in MOLECULES if name in known]
+    at_rest, messages = minimise(potential, [_atoms(known[name]) for name in names], fmax=CONVERGED)
+    for message in messages:
+        progress(message)
+    vibrating = tuple(
+        _vibrating(potential, name, atoms, known[name]) for name, atoms in zip(names, at_rest, strict=True)
+    )
+    monomer = 1e3 * float(evaluate(potential, [at_rest[names.index("H2O")]])[0][0])
+    hydrogen_bond = _along(potential, water["scan"])[0] - 2 * monomer
     dynamics = None
     if md_ps > 0:
         progress("dynamics")
@@ -230,8 +235,6 @@ def _is_one_molecule(atoms: Atoms) -> bool:
 
 
 def _bonded(atoms: Atoms) -> np.ndarray:
-    from ase.data import covalent_radii
-
     radii = covalent_radii[atoms.numbers]
     near = atoms.get_all_distances() < BONDED * (radii[:, None] + radii[None, :])
     return near & ~np.eye(len(atoms), dtype=bool)
@@ -239,10 +242,9 @@ def _bonded(atoms: Atoms) -> np.ndarray:
 
 def _structures(file: Path) -> list[tuple[Atoms, np.ndarray]]:
     arrays = read_arrays([file])
-    ends = np.concatenate([[0], np.cumsum(arrays["n_atoms"].astype(np.int64))])
     return [
-        (Atoms(arrays["numbers"][a:b].astype(int), arrays["positions"][a:b].astype(float)), arrays["forces"][a:b])
-        for a, b in pairwise(ends)
+        (Atoms(arrays["numbers"][at].astype(int), arrays["positions"][at].astype(float)), arrays["forces"][at])
+        for at in spans(arrays)
     ]
 
 
@@ -273,16 +275,9 @@ def _along(potential: Potential, points: list[dict[str, Any]]) -> tuple[np.ndarr
     return 1e3 * evaluate(potential, [_atoms(p) for p in points])[0], 1e3 * np.array([p["energy"] for p in points])
 
 
-def _optimised(potential: Potential, atoms: Atoms) -> Atoms:
-    atoms.calc = calculator_of(potential)
-    with BFGS(atoms, logfile=None) as optimiser:
-        optimiser.run(fmax=CONVERGED, steps=MOST_STEPS)
-    return atoms
-
-
-def _vibrating(potential: Potential, name: str, item: dict[str, Any]) -> Vibrating:
+def _vibrating(potential: Potential, name: str, atoms: Atoms, item: dict[str, Any]) -> Vibrating:
+    """Of a molecule at rest."""
     reference = _atoms(item)
-    atoms = _optimised(potential, reference.copy())
     first, second = np.nonzero(np.triu(_bonded(reference)))
     errors = (atoms.get_all_distances() - reference.get_all_distances())[first, second]
     displaced = []

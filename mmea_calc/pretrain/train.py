@@ -25,14 +25,14 @@ from ..adapted import attach
 from ..backbone import Backbone, load_backbone, save_backbone
 from ..compiled_training import CompiledGradient, Gradients
 from ..config import AdapterConfig, TrainConfig, fields_of
-from ..errors import DataError, TrainingError
+from ..errors import TrainingError
 from ..files import replacing, write_text
 from ..loss import Loss, LossWeights, loss_of
 from ..mace_bridge import build_network
 from ..optimiser import Optimiser
 from ..potential import Potential
 from ..trainer import hash_of
-from .dataset import PackedSet, read_e0
+from .dataset import PackedSet, read_e0, read_level
 
 ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
 _LATE = 0.7  # part of the run after which the energy weighs more
@@ -137,9 +137,7 @@ class _Run:
         self, data: Path, start: str | Path | None, settings: PretrainConfig, saved: dict[str, Any] | None
     ) -> None:
         self.settings, self.config_of_loss = settings, settings.training()
-        level = data / "level.txt"
-        if not level.is_file():
-            raise DataError(f"{level} is missing; it says the level of theory of the set in one line")
+        level = read_level(data)
         e0, files = read_e0(data), sorted(data.glob("train-[0-9]*.npz"))
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
@@ -164,7 +162,7 @@ class _Run:
         self.train_set = packed(files, backbone.elements)
         self.valid_set = packed([data / "valid.npz"], backbone.elements)
         self.config["atomic_energies"] = [e0.get(z, 0.0) for z in backbone.elements]
-        self.config["level_of_theory"] = level.read_text(encoding="utf-8").strip()
+        self.config["level_of_theory"] = level
 
         self.potential = Potential(backbone)
         self.potential.reference_energies = dict.fromkeys(backbone.elements, 0.0)  # energies here are of interaction

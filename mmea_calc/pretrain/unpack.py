@@ -10,7 +10,7 @@ from ase.io import write
 
 from ..errors import DataError
 from ..files import replacing
-from .dataset import read_arrays, read_e0
+from .dataset import read_arrays, read_e0, spans
 
 
 def unpack(data: Path, *, out: Path) -> dict[str, int]:
@@ -43,11 +43,9 @@ def unpack(data: Path, *, out: Path) -> dict[str, int]:
 
 def _structures(files: list[Path]) -> list[Atoms]:
     arrays = read_arrays(files)
-    ends = np.cumsum(arrays["n_atoms"], dtype=np.int64)
-    spans = [slice(end - n, end) for end, n in zip(ends.tolist(), arrays["n_atoms"].tolist(), strict=True)]
     return [
         _labelled(arrays["numbers"][span], arrays["positions"][span], energy, arrays["forces"][span])
-        for span, energy in zip(spans, arrays["energy"], strict=True)
+        for span, energy in zip(spans(arrays), arrays["energy"], strict=True)
     ]
 
 
