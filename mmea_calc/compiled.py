@@ -108,6 +108,12 @@ class CompiledNetwork:
                 of_strain = torch.where(of_strain.abs() < 1e10, of_strain, 0)  # as mace-torch does without a volume
             return Found(found[0], found[1], of_strain)
 
+    def with_values_of_now(self) -> Callable[..., list[Tensor]]:
+        """`Inputs.tensors` -> what the program gives, with the values that the network has at present."""
+        self._renew()
+        program, values = self._program, self._values
+        return lambda *inputs: program(list(inputs), values)
+
     def _renew(self) -> None:
         state = state_of(t for store in self._stores for t in store.values() if t is not None)
         if not same_state(state, self._values_for):
@@ -166,15 +172,7 @@ class Programs:
         """
         if batch.tensors["edge_index"].shape[1] == 0 or batch.n_atoms < 2:
             return None
-        if attached(self.backbone.network) is not adapter:
-            return None
-        if adapter is not None and not (adapter.merged and adapter.enabled and not adapter.observed):
-            return None
-        key = (adapter, *_situation(self.backbone, adapter, stress))
-        if key not in self._known:
-            self._known = {k: v for k, v in self._known.items() if k[0] is adapter}  # others may be gone for ever
-            self._known[key] = self._open(adapter, stress=stress)
-        opened = self._known[key]
+        key, opened = self._opened(adapter, stress=stress)
         if opened is None:
             return None
         if opened.proven:
@@ -197,6 +195,22 @@ class Programs:
             stacklevel=3,
         )
         return None
+
+    def proven(self, adapter: Adapter | None, *, stress: bool) -> CompiledNetwork | None:
+        """The program for the network as it is, if there is one and a batch has shown that it is right."""
+        _, opened = self._opened(adapter, stress=stress)
+        return opened.program if opened is not None and opened.proven else None
+
+    def _opened(self, adapter: Adapter | None, *, stress: bool) -> tuple[tuple[object, ...], _Opened | None]:
+        if attached(self.backbone.network) is not adapter:
+            return (), None
+        if adapter is not None and not (adapter.merged and adapter.enabled and not adapter.observed):
+            return (), None
+        key = (adapter, *_situation(self.backbone, adapter, stress))
+        if key not in self._known:
+            self._known = {k: v for k, v in self._known.items() if k[0] is adapter}  # others may be gone for ever
+            self._known[key] = self._open(adapter, stress=stress)
+        return key, self._known[key]
 
     def _open(self, adapter: Adapter | None, *, stress: bool) -> _Opened | None:
         network = self.backbone.network

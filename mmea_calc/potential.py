@@ -6,7 +6,7 @@ interaction energy in the network's precision: at -17,000 eV the spacing of floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from .backbone import Backbone
 from .compiled import Found, Programs, compile_program
 from .errors import AdapterError, CompilationError
 from .graph import Batch, Graph, build_graph, collate
+from .machine_code import named_tensors
+from .tensor_state import State, state_of
 
 
 @dataclass
@@ -193,6 +195,20 @@ class Potential:
             path = compile_program(self.backbone, self.adapter, stress=stress, plainly=plainly)
         self._programs.forget()
         return path
+
+    def program(self) -> Callable[..., list[Tensor]] | None:
+        """The network as machine code with its values of now, for calls without stresses: `tracing.Inputs.tensors` ->
+        node energies, forces, doubt. None where there is no program, or no call of `predict` has proven it yet.
+        """
+        found = self._programs.proven(self.adapter, stress=False) if self.backbone.fast else None
+        return None if found is None else found.with_values_of_now()
+
+    def state(self) -> State:
+        """All that predictions depend on, for `tensor_state.same_state`: values of the network and what is on it."""
+        network = self.backbone.network
+        tensors = [t for _, t in named_tensors(network)]
+        asked = None if self.adapter is None else self.adapter.situation()
+        return (*state_of(tensors), (self.adapter, self.backbone.head, asked, sorted(self.reference_energies.items())))
 
     def _found_plainly(self, batch: Batch, *, stress: bool) -> Found:
         prediction = self._predict_plainly(batch, forces=True, stress=stress, training=False)

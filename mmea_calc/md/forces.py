@@ -55,7 +55,7 @@ class ReplicaForces:
 
     def predict(self, positions: Tensor, *, forces: bool = True, stress: bool = False) -> Prediction:
         """Positions (n_atoms, 3), A, float64 -> what `Potential.predict` gives, for all replicas."""
-        self._move(positions)
+        self.move(positions)
         return self.potential.predict(self.batch, forces=forces, stress=stress)
 
     def bare(self) -> Tensor:
@@ -65,14 +65,14 @@ class ReplicaForces:
         assert prediction.forces is not None
         return prediction.forces.double()
 
-    def _move(self, positions: Tensor) -> None:
+    def move(self, positions: Tensor) -> None:
+        """Put the atoms there: renews `batch`, `pairs` and `distances2`, and computes nothing."""
         pairs = self.neighbours.candidates(positions)
         distances2 = pairs.distances2(positions)
         edges = pairs[distances2 < self.neighbours.r_max**2]
         self.pairs, self.distances2 = pairs, distances2
-        near, unit_shifts = self._near_the_origin(positions, edges)
+        near, unit_shifts, shifts = self.placed(positions, edges)
         old = self.batch.tensors
-        shifts = _times(unit_shifts, self._cell[edges.index[0]]) if self._any_periodic else unit_shifts
         tensors = {
             "positions": near.to(old["positions"].dtype),
             "edge_index": edges.index,
@@ -82,11 +82,16 @@ class ReplicaForces:
         # All other tensors stay the same objects: what the network keeps for them remains valid.
         self.batch = Batch({**old, **tensors}, self.batch.numbers, self.batch.atoms_per_graph)
 
-    def _near_the_origin(self, positions: Tensor, edges: Pairs) -> tuple[Tensor, Tensor]:
-        """Positions where single precision serves them best, and the shifts of the edges that go with them.
+    def placed(self, positions: Tensor, edges: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions where single precision serves them best, and the edges' lattice vectors and shifts, A, with them.
 
         A function of the positions alone, so that a resumed run sees the same bits.
         """
+        near, unit_shifts = self._near_the_origin(positions, edges)
+        shifts = _times(unit_shifts, self._cell[edges.index[0]]) if self._any_periodic else unit_shifts
+        return near, unit_shifts, shifts
+
+    def _near_the_origin(self, positions: Tensor, edges: Pairs) -> tuple[Tensor, Tensor]:
         if not self._any_periodic:
             middle = self.layout.sum(positions) / self._count
             return positions - middle[self.layout.owner], edges.unit_shifts
@@ -104,9 +109,7 @@ class ReplicaForces:
 
     def closest(self) -> Tensor:
         """Smallest distance of two atoms over the sum of their covalent radii, per replica, at the latest call."""
-        ratios = torch.sqrt(self.distances2) / self.pairs.radii
-        start = torch.full((self.layout.n_replicas,), torch.inf, dtype=torch.float64, device=ratios.device)
-        return start.scatter_reduce_(0, self.pairs.owner, ratios, "amin")
+        return self.pairs.closest(self.distances2, self.layout.n_replicas)
 
     def n_closer(self, ratio: float) -> Tensor:
         """Number of pairs, each counted once, closer than `ratio` times the sum of their radii, per replica."""

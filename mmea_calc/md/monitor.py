@@ -98,17 +98,9 @@ class Monitor:
 
     def check(self, state: State) -> Tensor:
         """Mark the replicas that failed in the step that led to `state`; returns `alive`. Nothing is synchronised."""
-        layout = self.layout
         if self.config.heating_K_per_ps:
             self._bounds = self._make_bounds(state.step)
-        kinetic = layout.kinetic_energy(state.velocities)
-        force2 = (state.forces * state.forces).sum(1)
-        # a sum passes on every NaN and infinity
-        bad = ~torch.isfinite(kinetic + state.potential_energy + layout.sum(force2))
-        measures = torch.stack(
-            [bad.double(), layout.temperature(kinetic), torch.sqrt(layout.largest(force2)), -self.forces.closest()]
-        )
-        beyond = ~(measures <= self._bounds)
+        measures, beyond = self.measured(state, self.forces.closest())
         failed = self.alive & beyond.any(0)
         cause = beyond.int().argmax(0)
         self._code = torch.where(failed, cause + 1, self._code)
@@ -116,6 +108,23 @@ class Monitor:
         self._value = torch.where(failed, measures.gather(0, cause[None])[0], self._value)
         self.alive = self.alive & ~failed
         return self.alive
+
+    def measured(self, state: State, closest: Tensor) -> tuple[Tensor, Tensor]:
+        """What a replica may fail by, and whether it is beyond its bound, (4, n_replicas) each; changes nothing.
+
+        Args:
+            state: of the dynamics.
+            closest: `ReplicaForces.closest` for it, (n_replicas,).
+        """
+        layout = self.layout
+        kinetic = layout.kinetic_energy(state.velocities)
+        force2 = (state.forces * state.forces).sum(1)
+        # a sum passes on every NaN and infinity
+        bad = ~torch.isfinite(kinetic + state.potential_energy + layout.sum(force2))
+        measures = torch.stack(
+            [bad.double(), layout.temperature(kinetic), torch.sqrt(layout.largest(force2)), -closest]
+        )
+        return measures, ~(measures <= self._bounds)
 
     # -- every sample --------------------------------------------------------------------------------------------
 

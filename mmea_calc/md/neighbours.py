@@ -50,6 +50,12 @@ class Pairs:
         vectors = positions[receiver] - positions[sender] + self.shifts
         return (vectors * vectors).sum(1)
 
+    def closest(self, distances2: Tensor, n_replicas: int) -> Tensor:
+        """Smallest distance over the sum of the radii, per replica, from `distances2`; infinity without any pair."""
+        ratios = torch.sqrt(distances2) / self.radii
+        start = torch.full((n_replicas,), torch.inf, dtype=torch.float64, device=ratios.device)
+        return start.scatter_reduce_(0, self.owner, ratios, "amin")
+
     def __getitem__(self, which: Tensor) -> Pairs:
         """Those of a mask or of indices."""
         if which.dtype == torch.bool:
@@ -78,8 +84,23 @@ class Neighbours:
         self._pairs: Pairs | None = None
         self.n_builds = 0
 
-    def candidates(self, positions: Tensor) -> Pairs:
-        """Every pair within the cutoff at these positions, and some beyond."""
+    @property
+    def listed(self) -> Tensor:
+        """The replicas whose candidates are a list within the cutoff and the skin, not all pairs, (n_replicas,)."""
+        return torch.tensor(self._listed, device=self.layout.device)
+
+    @property
+    def made_at(self) -> Tensor | None:
+        """Where the atoms were when the lists were made, (n_atoms, 3), A; None where there are only all pairs."""
+        return self._made_at
+
+    def candidates(self, positions: Tensor, share: float = 0.5) -> Pairs:
+        """Every pair within the cutoff at these positions, and some beyond: the same object while no list is renewed.
+
+        Args:
+            positions: (n_atoms, 3), A.
+            share: of the skin, that an atom may have moved since its list was made; at most a half.
+        """
         if not any(self._listed):
             if self._pairs is None:
                 self._pairs = self._join()
@@ -88,7 +109,7 @@ class Neighbours:
             self._renew(positions, [i for i, listed in enumerate(self._listed) if listed])
             self._made_at = positions.clone()
         else:
-            moved = self.layout.largest(((positions - self._made_at) ** 2).sum(1)) > (0.5 * self.skin) ** 2
+            moved = self.layout.largest(((positions - self._made_at) ** 2).sum(1)) > (share * self.skin) ** 2
             stale = [i for i in moved.nonzero().squeeze(1).tolist() if self._listed[i]]
             if stale:
                 self._renew(positions, stale)

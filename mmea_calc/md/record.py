@@ -72,8 +72,7 @@ def record(
         simulation.start()
         samples, alive = [simulation.sample()], [simulation.monitor.alive.cpu()]
         while simulation.state.step < config.n_steps and simulation.any_alive() and go_on(simulation.state.step):
-            for _ in range(config.stats_every):
-                simulation.step()
+            simulation.advance(config.stats_every)
             steps.append(simulation.state.step)
             samples.append(simulation.sample())
             alive.append(simulation.monitor.alive.cpu())

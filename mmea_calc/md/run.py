@@ -166,8 +166,10 @@ class _Run:
         saved = self.step
         alive = int(simulation.monitor.alive.sum())
         while self.step < config.n_steps and alive:
-            simulation.step()
-            self.replica_steps += alive
+            ends = [every - self.step % every for every in (config.stats_every, config.restart_every)]
+            n = min(*ends, config.n_steps - self.step)
+            simulation.advance(n)
+            self.replica_steps += n * alive
             if self.step % config.stats_every == 0:
                 self._record()
                 alive = int(simulation.monitor.alive.sum())

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import MDConfig
 from ..errors import DataError, DynamicsError
 from ..potential import Potential
+from .blocks import LONGEST, Blocks
 from .forces import ReplicaForces
 from .integrators import BAOAB, Integrator, VelocityVerlet
 from .monitor import Monitor
@@ -28,6 +29,7 @@ class Simulation:
         starts: start structures; their velocities, if they have any, are not used.
         config: the settings. Times, devices and what concerns files are the caller's business.
         skin: of the neighbour lists, A.
+        blocks: take several steps in a row where that is possible; None: on a GPU.
 
     Attributes:
         layout: which replicas there are.
@@ -39,7 +41,15 @@ class Simulation:
         DataError: a structure that cannot be used.
     """
 
-    def __init__(self, potential: Potential, starts: Sequence[Atoms], config: MDConfig, *, skin: float = SKIN) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        starts: Sequence[Atoms],
+        config: MDConfig,
+        *,
+        skin: float = SKIN,
+        blocks: bool | None = None,
+    ) -> None:
         check_settings(config)
         check_starts(starts)
         self.config = config
@@ -61,6 +71,8 @@ class Simulation:
             else VelocityVerlet(self.layout, timestep)
         )
         self.state: State
+        wanted = potential.device.type == "cuda" if blocks is None else blocks
+        self.blocks = Blocks(self) if wanted else None
 
     def start(self) -> None:
         """Step 0: initial velocities and forces."""
@@ -82,6 +94,19 @@ class Simulation:
         alive = self.monitor.check(new)
         # The step in which a replica fails is not taken.
         self.state = where(alive, self.layout.owner, new, self.state)
+
+    def advance(self, n: int) -> None:
+        """n steps, several in a row where that is possible."""
+        every, end = self.config.stats_every, self.state.step + n
+        while self.state.step < end:
+            size = min(end - self.state.step, every - self.state.step % every, LONGEST)
+            sample = (self.state.step + size) % every == 0
+            excesses = None if self.blocks is None else self.blocks.take(size, sample=sample)
+            if excesses is None:
+                for _ in range(size):
+                    self.step()
+            elif sample:
+                self._excesses = excesses
 
     def sample(self) -> Tensor:
         """What is recorded of this step, (n_observables, n_replicas); see `mmea_calc.md.trajectory.OBSERVABLES`."""

@@ -1,0 +1,50 @@
+"""A potential's network on tensors that stay where they are, for calls that are recorded (`recorded`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .arrangement import arrange_elements
+from .full_table import FullTable
+from .graph import Batch
+from .potential import Potential
+from .tracing import Inputs, contraction_forms, evaluator
+
+
+class FixedNetwork:
+    """Energies of atoms and forces for one set of atoms, with the edges of a full table.
+
+    Args:
+        potential: the backbone, with what is on it. Its values are those of now: see `Potential.state`.
+        batch: elements, structures and cells; its positions and edges are not looked at.
+        table: the edges. What it holds may change, its tensors may not.
+        plainly: not by a program; hooks of modules are called then.
+    """
+
+    def __init__(self, potential: Potential, batch: Batch, table: FullTable, *, plainly: bool = False) -> None:
+        network, elements = potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
+        with torch.no_grad():
+            tables = [form.tables_of(elements[1]) for form in contraction_forms(network)]
+        tensors = {**batch.tensors, "edge_index": table.index}
+        fixed = Batch(tensors, batch.numbers, batch.atoms_per_graph)
+        self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=False)
+        program = None if plainly else potential.program()
+        self._run: Callable[..., Sequence[Tensor]] = (
+            evaluator(network, self._inputs, potential.backbone.head_index) if program is None else program
+        )
+
+    def __call__(self, positions: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions (n_atoms, 3) and shifts of the edges (n_edges, 3), A, in the precision of the network ->
+
+        energies of atoms (n_atoms,), eV, without reference energies; forces (n_atoms, 3), eV/A; whether these do not
+        hold, and the plain path is to be asked: a bool tensor without dimensions.
+        """
+        self._inputs.batch.update(positions=positions, shifts=shifts)
+        node_energy, forces, doubt = self._run(*self._inputs.tensors())
+        return node_energy, forces, doubt
+
+
+__all__ = ["FixedNetwork"]

@@ -1,0 +1,88 @@
+"""Edges of one number for every atom, so that all shapes follow from the number of atoms and one width.
+
+An atom with fewer edges than the width gets edges to itself over twice the cutoff. Those weigh nothing, and so do pairs
+beyond the cutoff that a list with a skin holds: the envelope of the radial functions (MACE, arXiv 2206.07697) and all
+of its derivatives are exactly zero there. So the list need not be thinned out at every step, and a call has the same
+shapes, and the same addresses, until the list is made anew and needs a larger width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .arrangement import Arrangement, Incidence
+
+
+@dataclass(frozen=True)
+class FullTable:
+    """`width` edges to each of n atoms; edge k n + i is the k-th one to atom i.
+
+    Attributes:
+        index: sender and receiver, (2, width * n), int64.
+        pair: which of the pairs given it is, (width * n,), int64; 0 for those that only fill up.
+        filling: which only fill up, (width * n, 1), bool.
+        sent: the edges that begin at each atom, (width, n), int64.
+    """
+
+    index: Tensor
+    pair: Tensor
+    filling: Tensor
+    sent: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, n_atoms: int, width: int) -> FullTable:
+        """From ordered pairs, every pair both ways.
+
+        Args:
+            index: sender and receiver, (2, n_pairs).
+            n_atoms: n.
+            width: at least `width_of(index, n_atoms)`.
+        """
+        sender, receiver = index
+        device = index.device
+        order = receiver.argsort(stable=True)
+        counts = torch.bincount(receiver, minlength=n_atoms)
+        sorted_receiver = receiver[order]
+        k = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[sorted_receiver]
+        at = k * n_atoms + sorted_receiver
+        own = torch.arange(n_atoms, device=device).repeat(width)
+        senders, pair = own.clone(), torch.zeros_like(own)
+        filling = torch.ones(len(own), 1, dtype=torch.bool, device=device)
+        senders[at], pair[at], filling[at] = sender[order], order, False
+        # Pairs go both ways and the others begin where they end: as many edges begin at an atom as end there.
+        sent = senders.argsort(stable=True).view(n_atoms, width).T.contiguous()
+        return cls(torch.stack([senders, own]), pair, filling, sent)
+
+    @property
+    def width(self) -> int:
+        return int(self.sent.shape[0])
+
+    def take(self, other: FullTable) -> None:
+        """Hold the edges of another table of the same shapes, in the tensors that this one has."""
+        for name in (f.name for f in fields(self)):
+            mine: Tensor = getattr(self, name)
+            mine.copy_(getattr(other, name))
+
+    def far(self, r_max: float) -> Tensor:
+        """What takes the edges that only fill up out of reach: shifts to be added, (width * n, 3), float64, A."""
+        return torch.cat([2.0 * r_max * self.filling, torch.zeros_like(self.filling).expand(-1, 2)], dim=1)
+
+    def arrangement(self, elements: tuple[Incidence, Tensor, Tensor]) -> Arrangement:
+        """For a network within `arranged`; `elements` are those of `arrange_elements`."""
+        n = self.sent.shape[1]
+        rows = torch.arange(self.width * n, device=self.sent.device)
+        none = torch.zeros(self.width, n, dtype=torch.bool, device=self.sent.device)
+        edges = Incidence(rows.view(self.width, n), none, rows.unsqueeze(0))
+        senders = Incidence(self.index[0].view(self.width, n), none, self.sent, none)
+        return Arrangement(edges, senders, *elements)
+
+
+def width_of(index: Tensor, n_atoms: int) -> int:
+    """The largest number of pairs (2, n_pairs) to one atom; at least 2, as in all tables of a compiled network."""
+    return max(2, int(torch.bincount(index[1], minlength=n_atoms).max()))
+
+
+__all__ = ["FullTable", "width_of"]

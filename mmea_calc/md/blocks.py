@@ -1,0 +1,262 @@
+"""Several steps in a row without a word from the host: recorded once, started as one (`recorded`).
+
+A step of a small molecule is a thousand operations of a few microseconds, integrator and monitor among them, and a GPU
+waits for each to be started. Here a whole step is one recording: positions and edges of the network, forces, BAOAB with
+its noise, the monitor's bounds. To have fixed shapes the edges are all candidates of the neighbour list (`FullTable`).
+
+What a recording cannot do, the ordinary step does. Every step notes whether it would have been one for that: a replica
+fails, a network is in doubt (atoms closer than in training), an atom has left the skin. At the end of a block the host
+asks once, and where there was trouble the block is thrown away and its steps are taken one by one. The first block is
+compared with the ordinary path in any case.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..fixed_network import FixedNetwork
+from ..full_table import FullTable, width_of
+from ..recorded import Recording
+from ..tensor_state import State as Values
+from ..tensor_state import same_state
+from .integrators import BAOAB, Integrator
+from .neighbours import Pairs
+from .state import State, where
+
+if TYPE_CHECKING:
+    from .simulation import Simulation
+
+LONGEST = 16  # steps in a block
+# Beyond this many edges the device is busy with them, and those of the skin cost more than starting operations.
+MOST_EDGES = 200_000
+# A list is renewed before a block when an atom has moved this share of the skin, within it at a half.
+_EARLY = 0.35
+_WIDTHS = 8  # of lists that change: multiples of this
+_KEPT = 2  # of them at a time
+# Largest difference to the ordinary path, in units of the largest force (at least 1 eV/A).
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+class Blocks:
+    """The blocks of one simulation.
+
+    Args:
+        simulation: its state is taken from there, and put there.
+    """
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.usable = not simulation.config.heating_K_per_ps  # bounds and bath change from step to step then
+        self.n_taken = 0
+        self._kept: dict[int, _Steps] = {}
+        self._values: Values = ()
+        self._proven = False
+        self._wait, self._patience = 0, 0
+
+    def take(self, n: int, *, sample: bool) -> list[Tensor] | None:
+        """The next n steps, at most `LONGEST`; None if they are to be taken one by one, and nothing has changed then.
+
+        Args:
+            n: how many.
+            sample: whether the last one will be sampled.
+
+        Returns:
+            if so, how far gates are out of their range (`ReplicaForces.watching_gates`); else nothing.
+        """
+        if not self.usable:
+            return None
+        if self._wait:
+            self._wait -= 1
+            return None
+        try:
+            found = self._take(n, sample)
+        except RuntimeError as problem:  # whatever torch says of what cannot be recorded
+            self._give_up(f"they cannot be recorded: {str(problem).strip().splitlines()[0]}")
+            return None
+        # What makes trouble once may do so for a while.
+        self._patience = 0 if found is not None else min(2 * self._patience + 1, 63)
+        self._wait = self._patience
+        return found
+
+    def _take(self, n: int, sample: bool) -> list[Tensor] | None:
+        simulation, forces = self.simulation, self.simulation.forces
+        pairs = forces.neighbours.candidates(simulation.state.positions, _EARLY)
+        values = forces.potential.state()
+        if not same_state(values, self._values):
+            self._values, self._kept = values, {}
+        steps = self._steps(pairs)
+        if steps is None:
+            self.usable = False
+            return None
+        found = steps.run(pairs, n, sample=sample)
+        if found is None or not (self._proven or self._proves_right(found)):
+            return None
+        simulation.state = found
+        forces.move(found.positions)
+        self.n_taken += n
+        return steps.excesses() if sample else []
+
+    def _steps(self, pairs: Pairs) -> _Steps | None:
+        """Steps for this list; None if they would not pay."""
+        neighbours, n_atoms = self.simulation.forces.neighbours, len(self.simulation.layout.owner)
+        width = width_of(pairs.index, n_atoms)
+        if neighbours.made_at is not None:
+            width = -(-width // _WIDTHS) * _WIDTHS
+        if width * n_atoms > MOST_EDGES:
+            return None
+        kept = self._kept.pop(width, None)
+        while kept is None and len(self._kept) >= _KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[width] = kept or _Steps(self.simulation, pairs, width)  # the latest last
+        return self._kept[width]
+
+    def _proves_right(self, state: State) -> bool:
+        energy, forces = self.simulation.forces(state.positions)
+        scale = max(1.0, float(forces.abs().max()))
+        worst = max(float((forces - state.forces).abs().max()), float((energy - state.potential_energy).abs().max()))
+        allowed = _TOLERANCE[self.simulation.forces.potential.dtype] * scale
+        self._proven = worst <= allowed
+        if not self._proven:
+            self._give_up(
+                f"forces differ by {worst:.2g} eV/A from those of single steps, expected at most {allowed:.2g}; "
+                "presumably this network does not end at its cutoff"
+            )
+        return self._proven
+
+    def _give_up(self, why: str) -> None:
+        self.usable, self._kept = False, {}
+        warnings.warn(f"steps are taken one by one ({why})", stacklevel=4)
+
+
+class _Steps:
+    """A step on tensors that stay, recorded when it is first taken.
+
+    Args:
+        simulation: what it is a step of.
+        pairs: a list of the width.
+        width: edges of every atom.
+    """
+
+    def __init__(self, simulation: Simulation, pairs: Pairs, width: int) -> None:
+        self.simulation, self.layout = simulation, simulation.layout
+        self.forces, self.monitor = simulation.forces, simulation.monitor
+        state, n_atoms, device = simulation.state, len(self.layout.owner), self.layout.device
+        self.table = FullTable.of(pairs.index, n_atoms, width)
+        self.pairs = self._pairs_of(pairs)
+        self._listed = pairs
+        self.reference = self.forces.potential.reference_energy_of(self.forces.batch)
+        self.state = _copy(state, 0)
+        self.alive = self.monitor.alive.clone()
+        self.made_at = torch.zeros_like(state.positions)
+        self.listed = self.forces.neighbours.listed
+        self.noise = torch.zeros(LONGEST, n_atoms, 3, dtype=torch.float64, device=device)
+        self.turn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.trouble = torch.zeros((), dtype=torch.bool, device=device)
+        self.excess: Tensor | None = None
+        self.integrator: Integrator = copy.copy(simulation.integrator)
+        if isinstance(self.integrator, BAOAB):
+            self.integrator.noise = lambda step: self.noise.index_select(0, self.turn)[0]
+        self._closest = self._doubt = self.trouble
+        self._recordings: dict[bool, Recording[None]] = {}
+
+    def run(self, pairs: Pairs, n: int, *, sample: bool) -> State | None:
+        """n steps from where the simulation is, the last one with gates watched if it is a sample; None in trouble."""
+        start = self.simulation.state
+        kinds = [sample and k == n - 1 for k in range(n)]
+        for watched in set(kinds) - set(self._recordings):
+            network = FixedNetwork(self.forces.potential, self.forces.batch, self.table, plainly=watched)
+            function = partial(self._watched_step if watched else self._step, network)
+            self._recordings[watched] = Recording(function, self.layout.device)
+        self._load(pairs, n)  # after recording, which takes steps
+        for watched in kinds:
+            self._recordings[watched]()
+        if bool(self.trouble):
+            return None
+        return _copy(self.state, start.step + n)
+
+    def excesses(self) -> list[Tensor]:
+        """As `ReplicaForces.watching_gates` gives them, of the last step that was a sample."""
+        return [] if self.excess is None else [self.excess.clone()]
+
+    def _load(self, pairs: Pairs, n: int) -> None:
+        """Take over where the simulation is, and the noise of n steps."""
+        state, neighbours = self.simulation.state, self.forces.neighbours
+        for mine, value in zip(_tensors(self.state), _tensors(state), strict=True):
+            mine.copy_(value)
+        if pairs is not self._listed:
+            self.table.take(FullTable.of(pairs.index, len(self.layout.owner), self.table.width))
+            new = self._pairs_of(pairs)
+            for name in ("unit_shifts", "shifts", "radii"):
+                getattr(self.pairs, name).copy_(getattr(new, name))
+            self._listed = pairs
+        if neighbours.made_at is not None:
+            self.made_at.copy_(neighbours.made_at)
+        if isinstance(self.simulation.integrator, BAOAB):
+            for k in range(n):
+                self.noise[k].copy_(self.simulation.integrator.noise(state.step + k))
+        self.alive.copy_(self.monitor.alive)
+        self.turn.zero_()
+        self.trouble.zero_()
+
+    def _pairs_of(self, pairs: Pairs) -> Pairs:
+        """The edges of the table as pairs; those that only fill up are far apart."""
+        table, owner = self.table, self.layout.owner[self.table.index[1]]
+        far = table.far(self.forces.potential.backbone.r_max)
+        if pairs.index.shape[1] == 0:
+            return Pairs(table.index, torch.zeros_like(far), far, torch.ones_like(far[:, 0]), owner)
+        return Pairs(
+            table.index,
+            pairs.unit_shifts[table.pair].masked_fill(table.filling, 0),
+            pairs.shifts[table.pair].masked_fill(table.filling, 0) + far,
+            pairs.radii[table.pair].masked_fill(table.filling.squeeze(1), 1),
+            owner,
+        )
+
+    # -- what is recorded ----------------------------------------------------------------------------------------
+
+    def _watched_step(self, network: FixedNetwork) -> None:
+        with self.forces.watching_gates() as found:
+            self._step(network)
+        if found:
+            largest = torch.stack(found).amax(0)
+            self.excess = largest if self.excess is None else self.excess.copy_(largest)
+
+    def _step(self, network: FixedNetwork) -> None:
+        new = self.integrator.step(self.state, partial(self._forces_of, network))
+        _, beyond = self.monitor.measured(new, self._closest)
+        trouble = (self.alive & beyond.any(0)).any() | self._doubt
+        neighbours = self.forces.neighbours
+        if neighbours.made_at is not None:
+            moved2 = self.layout.largest(((new.positions - self.made_at) ** 2).sum(1))
+            trouble = trouble | (self.alive & self.listed & (moved2 > (0.5 * neighbours.skin) ** 2)).any()
+        self.trouble.logical_or_(trouble)
+        kept = where(self.alive, self.layout.owner, new, self.state)
+        for mine, value in zip(_tensors(self.state), _tensors(kept), strict=True):
+            mine.copy_(value)
+        self.turn.add_(1)
+
+    def _forces_of(self, network: FixedNetwork, positions: Tensor) -> tuple[Tensor, Tensor]:
+        potential = self.forces.potential
+        near, _, shifts = self.forces.placed(positions, self.pairs)
+        shifts = shifts + self.table.far(potential.backbone.r_max)
+        node_energy, forces, self._doubt = network(near.to(potential.dtype), shifts.to(potential.dtype))
+        self._closest = self.pairs.closest(self.pairs.distances2(positions), self.layout.n_replicas)
+        return self.reference + self.layout.sum(node_energy.double()), forces.double()
+
+
+def _copy(state: State, step: int) -> State:
+    x, v, f, energy, heat = (t.clone() for t in _tensors(state))
+    return State(x, v, f, energy, heat, step)
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return state.positions, state.velocities, state.forces, state.potential_energy, state.heat
+
+
+__all__ = ["LONGEST", "Blocks"]

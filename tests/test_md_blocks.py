@@ -1,0 +1,244 @@
+"""Steps taken in a row give what steps one by one give, whatever happens in between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from small_adapter import ENERGIES, trained
+from test_full_table import _Watching
+
+from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
+from mmea_calc.adapted import attach
+from mmea_calc.config import AdapterConfig, MDConfig
+from mmea_calc.md.blocks import LONGEST, Blocks
+from mmea_calc.md.simulation import Simulation
+from mmea_calc.potential import Potential
+from mmea_calc.recorded import Recording
+
+SETTINGS: dict[str, Any] = dict(
+    temperatures_K=(300.0, 1200.0), stats_every=8, traj_every=8, drift_every=0, max_force_eV_per_A=1e9, time_ps=1.0,
+    max_temperature_K=1e9, min_distance_ratio=0.0,
+)  # fmt: skip
+
+
+def potential(method: str | None = "mmea", **network: Any) -> Potential:
+    """A tiny network in float64, with an adapter whose gates level off outside of their range.
+
+    It has seen atoms closer than they come here.
+    """
+    made = Potential(small_backbone_around(random_network(**network), ENERGIES))
+    if method is not None:
+        adapter = made.adapter = attach(made.backbone.network, AdapterConfig(method=method, gate_rank=2, low_rank=2))
+        randomise(adapter, std=0.05)
+        seen = ethanol()
+        seen.positions *= 0.3
+        with adapter.recording():
+            run(made.backbone.network, batch_of(seen))
+        adapter.merge()
+    return made
+
+
+def carbon() -> Atoms:
+    """More atoms than take all pairs: a list with a skin."""
+    atoms = bulk("C", "diamond", a=3.6, cubic=True).repeat((2, 2, 3))
+    atoms.rattle(0.05, seed=2)
+    return atoms
+
+
+def simulate(
+    starts: Sequence[Atoms], n_steps: int, *, blocks: bool, of: Potential | None = None, skin: float = 1.0, **more: Any
+) -> Simulation:
+    config = MDConfig(**{**SETTINGS, **more})
+    simulation = Simulation(of or potential(), starts, config, skin=skin, blocks=blocks)
+    simulation.start()
+    simulation.advance(n_steps)
+    return simulation
+
+
+def assert_the_same(one: Simulation, other: Simulation, tolerance: float = 1e-9) -> None:
+    assert one.state.step == other.state.step
+    for name in ("positions", "velocities", "forces", "potential_energy", "heat"):
+        torch.testing.assert_close(getattr(one.state, name), getattr(other.state, name), rtol=0, atol=tolerance)
+    assert torch.equal(one.monitor.alive, other.monitor.alive)
+
+
+STARTS: dict[str, tuple[Atoms, ...]] = {
+    "molecule": (ethanol(),),
+    "molecules": (ethanol(), molecule("CH3COOH")),
+    "crystal": (crystal(),),
+    "molecule and crystal": (ethanol(), crystal()),
+}
+
+
+@pytest.mark.parametrize("ensemble", ["nvt", "nve"])
+@pytest.mark.parametrize("kind", STARTS)
+def test_blocks_go_where_single_steps_go(kind: str, ensemble: str) -> None:
+    one = simulate(STARTS[kind], 20, blocks=False, ensemble=ensemble)
+    row = simulate(STARTS[kind], 20, blocks=True, ensemble=ensemble)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 20
+    assert_the_same(row, one)
+    assert float((one.state.positions - one.layout.start_positions()).abs().max()) > 0.01
+
+
+def test_the_list_is_renewed_and_pairs_enter_and_leave() -> None:
+    # a narrow skin: the list changes every few steps
+    settings: dict[str, Any] = dict(skin=0.3, temperatures_K=(1500.0,), stats_every=2, traj_every=2)
+    one = simulate((carbon(),), 32, blocks=False, **settings)
+    row = simulate((carbon(),), 32, blocks=True, **settings)
+    assert row.blocks is not None
+    assert row.forces.neighbours.n_builds >= 3
+    assert row.blocks.n_taken >= 16
+    assert_the_same(row, one)
+
+
+def test_a_block_in_which_an_atom_leaves_the_skin_is_taken_step_by_step() -> None:
+    settings: dict[str, Any] = dict(skin=0.02, temperatures_K=(3000.0,), timestep_fs=1.0)
+    row = simulate((carbon(),), 8, blocks=True, **settings)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 0
+    assert_the_same(row, simulate((carbon(),), 8, blocks=False, **settings))
+
+
+def test_a_replica_that_fails_fails_in_the_same_step() -> None:
+    settings: dict[str, Any] = dict(max_temperature_K=900.0, temperatures_K=(100.0, 800.0), replicas=2)
+    one = simulate((ethanol(),), 40, blocks=False, **settings)
+    row = simulate((ethanol(),), 40, blocks=True, **settings)
+    assert row.blocks is not None
+    assert 0 < int(one.monitor.alive.sum()) < 4
+    assert 0 < row.blocks.n_taken < 40  # those in which it happened were taken step by step, others not
+    assert_the_same(row, one)
+    row.sample()
+    one.sample()
+    assert row.monitor.events == one.monitor.events != []
+
+
+def test_where_atoms_are_closer_than_in_training_the_plain_path_is_asked() -> None:
+    found = []
+    for blocks in (True, False):
+        made = Potential(small_backbone_around(random_network(), ENERGIES))
+        made.use(trained(made.backbone))  # has seen the molecule stretched
+        assert made.adapter is not None
+        made.adapter.merge()
+        found.append(simulate((ethanol(),), 8, blocks=blocks, of=made, temperatures_K=(10.0,)))
+    row, one = found
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 0
+    assert_the_same(row, one)
+    assert row.blocks.usable  # it may come apart
+
+
+def test_samples_are_the_same_gates_included() -> None:
+    one = simulate((ethanol(),), 16, blocks=False, drift_every=8)
+    row = simulate((ethanol(),), 16, blocks=True, drift_every=8)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 16
+    found, expected = row.sample(), one.sample()
+    assert not torch.isnan(expected).any()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_a_change_of_the_adapter_is_seen() -> None:
+    row = simulate((ethanol(),), 8, blocks=True)
+    one = simulate((ethanol(),), 8, blocks=False)
+    for simulation in (row, one):
+        adapter = simulation.forces.potential.adapter
+        assert adapter is not None
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.mul_(1.1)
+        simulation.advance(8)
+    assert_the_same(row, one)
+
+
+def test_single_precision_differs_by_its_rounding() -> None:
+    found = []
+    for blocks in (False, True):
+        made = potential()
+        made.backbone.to(None, "float32")
+        found.append(simulate((ethanol(),), 8, blocks=blocks, of=made))
+    assert found[0].forces.potential.dtype == torch.float32
+    assert_the_same(found[1], found[0], 1e-4)
+
+
+def test_a_network_that_does_not_end_at_its_cutoff_keeps_single_steps_and_says_so() -> None:
+    network = dict(
+        interaction_cls_first="RealAgnosticResidualNonLinearInteractionBlock",
+        interaction_cls="RealAgnosticResidualNonLinearInteractionBlock",
+    )
+    # two molecules far apart are no pair within the cutoff, and all pairs are candidates
+    pair = ethanol()
+    other = ethanol()
+    other.positions += [6.0, 0, 0]
+    with pytest.warns(UserWarning, match="one by one.*does not end at its cutoff"):
+        row = simulate((pair + other,), 8, blocks=True, of=potential(None, **network))
+    assert row.blocks is not None
+    assert not row.blocks.usable
+    assert_the_same(row, simulate((pair + other,), 8, blocks=False, of=potential(None, **network)))
+
+
+def test_heating_is_done_step_by_step() -> None:
+    row = simulate((ethanol(),), 8, blocks=True, heating_K_per_ps=100.0)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 0
+
+
+def test_many_edges_are_not_worth_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmea_calc.md.blocks.MOST_EDGES", 50)
+    row = simulate((ethanol(),), 8, blocks=True)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 0
+
+
+def test_nothing_in_a_recorded_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[set[str]] = []
+
+    class Watched(Recording[None]):
+        def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+            super().__init__(function, device)
+            function()  # as before a recording: what is made once is made here
+
+        def __call__(self) -> None:
+            with _Watching() as watching:
+                super().__call__()
+            watched.append(watching.found)
+
+    monkeypatch.setattr("mmea_calc.md.blocks.Recording", Watched)
+    row = simulate((ethanol(), crystal()), 16, blocks=True)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 16
+    assert len(watched) == 16
+    assert set().union(*watched) == set()
+
+
+def test_what_cannot_be_recorded_is_told_once_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("mmea_calc.md.blocks.Recording", refuse)
+    with pytest.warns(UserWarning, match="cannot be recorded: operation not permitted when stream is capturing"):
+        row = simulate((ethanol(),), 8, blocks=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row.advance(8)
+    assert_the_same(row, simulate((ethanol(),), 16, blocks=False))
+
+
+def test_by_default_a_processor_takes_single_steps(device: str) -> None:
+    made = potential()
+    made.backbone.to(device)
+    simulation = Simulation(made, (ethanol(),), MDConfig(**SETTINGS))
+    assert isinstance(simulation.blocks, Blocks) == (device == "cuda")
+    if device == "cuda":
+        simulation.start()
+        simulation.advance(4 * LONGEST)
+        assert simulation.blocks is not None
+        assert simulation.blocks.n_taken == 4 * LONGEST
+        other = simulate((ethanol(),), 4 * LONGEST, blocks=False, of=made)
+        assert_the_same(simulation, other, 1e-6)
