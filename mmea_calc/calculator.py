@@ -34,7 +34,8 @@ from .errors import AdapterError, BackboneError, DataError
 from .graph import Batch, Graph, check_elements, move, same_neighbours
 from .mace_names import PUBLISHED
 from .methods import method_named
-from .potential import Potential
+from .potential import Potential, Prediction
+from .recorded_call import RecordedCall
 
 AdapterSource = str | Path | AdapterFile
 Results = dict[str, Any]
@@ -108,6 +109,7 @@ class MMEACalculator(Calculator):
 
     def _start(self, backbone: Backbone, stress: bool | None) -> None:
         self.potential = Potential(backbone)
+        self._recorded = RecordedCall(self.potential) if backbone.device.type == "cuda" else None
         self.stress = stress
         self._files: dict[str, AdapterFile] = {}
         self._active: tuple[str, ...] = ()
@@ -242,9 +244,18 @@ class MMEACalculator(Calculator):
         if why_no_stress and "stress" in properties:
             raise PropertyNotImplementedError(why_no_stress)
         self._check_alone()
-        batch = self._updated_batch(structure)
-        results = self._evaluate(batch, stress=why_no_stress is None)
+        stress = why_no_stress is None
+        prediction = self._recorded_prediction(structure, stress)
+        results = (
+            self._evaluate(self._updated_batch(structure), stress) if prediction is None else _results_of(prediction)
+        )
         self.atoms, self.results = structure.copy(), results
+
+    def _recorded_prediction(self, atoms: Atoms, stress: bool) -> Prediction | None:
+        """On a GPU, for one adapter on a structure that only moves; otherwise None."""
+        if self._recorded is None or len(self.active_adapters) != 1 or self._mounted != self.active_adapters[0]:
+            return None
+        return self._recorded.predict(atoms, stress=stress)
 
     def _check_alone(self) -> None:
         if attached(self.backbone.network) is not self.potential.adapter:
@@ -301,18 +312,7 @@ class MMEACalculator(Calculator):
         return members[0] if len(members) == 1 else combine(members)
 
     def _evaluate_mounted(self, batch: Batch, stress: bool) -> Results:
-        prediction = self.potential.predict(batch, stress=stress)
-        assert prediction.forces is not None
-        energy = float(prediction.energy[0])
-        results: Results = {
-            "energy": energy,
-            "free_energy": energy,
-            "energies": prediction.node_energy.cpu().numpy(),
-            "forces": prediction.forces.double().cpu().numpy(),
-        }
-        if prediction.stress is not None:
-            results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
-        return results
+        return _results_of(self.potential.predict(batch, stress=stress))
 
     # -- copying and storing -------------------------------------------------------------------------------------
 
@@ -361,6 +361,21 @@ class MMEACalculator(Calculator):
             "adapters": list(self.active_adapters),
             "dtype": str(self.potential.dtype).removeprefix("torch."),
         }
+
+
+def _results_of(prediction: Prediction) -> Results:
+    """ASE's results, of a batch of one structure."""
+    assert prediction.forces is not None
+    energy = float(prediction.energy[0])
+    results: Results = {
+        "energy": energy,
+        "free_energy": energy,
+        "energies": prediction.node_energy.cpu().numpy(),
+        "forces": prediction.forces.double().cpu().numpy(),
+    }
+    if prediction.stress is not None:
+        results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
+    return results
 
 
 def _named(files: Sequence[AdapterFile]) -> dict[str, AdapterFile]:

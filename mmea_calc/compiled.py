@@ -57,6 +57,12 @@ class Found:
     stress: Tensor | None
 
 
+def stress_of(strain: Tensor, cell: Tensor) -> Tensor:
+    """Gradients of strains (n_graphs, 3, 3), eV, and cells (3 n_graphs, 3), A -> stresses (n_graphs, 3, 3), eV/A^3."""
+    stress = strain / torch.linalg.det(cell.view(-1, 3, 3)).abs().view(-1, 1, 1)
+    return torch.where(stress.abs() < 1e10, stress, 0)  # as mace-torch does without a volume
+
+
 def _sources(network: nn.Module, adapter: Adapter | None) -> dict[str, Tensor]:
     """Name -> tensors of values that a graph can take: the network's, and what a merged adapter makes of its own."""
     return {**dict(named_tensors(network)), **(adapter.derived() if adapter is not None else {})}
@@ -101,12 +107,7 @@ class CompiledNetwork:
             *found, doubt = self._program(inputs.tensors(), self._values)
             if bool(doubt):
                 return None
-            of_strain = None
-            if stress:
-                volume = torch.linalg.det(tensors["cell"].view(-1, 3, 3)).abs()
-                of_strain = found[2][:-1] / volume.view(-1, 1, 1)
-                of_strain = torch.where(of_strain.abs() < 1e10, of_strain, 0)  # as mace-torch does without a volume
-            return Found(found[0], found[1], of_strain)
+            return Found(found[0], found[1], stress_of(found[2][:-1], tensors["cell"]) if stress else None)
 
     def with_values_of_now(self) -> Callable[..., list[Tensor]]:
         """`Inputs.tensors` -> what the program gives, with the values that the network has at present."""
@@ -287,4 +288,4 @@ def compile_program(
     return path
 
 
-__all__ = ["CompiledNetwork", "Found", "Programs", "compile_program"]
+__all__ = ["CompiledNetwork", "Found", "Programs", "compile_program", "disagreement", "stress_of"]

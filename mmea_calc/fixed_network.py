@@ -21,30 +21,34 @@ class FixedNetwork:
         potential: the backbone, with what is on it. Its values are those of now: see `Potential.state`.
         batch: elements, structures and cells; its positions and edges are not looked at.
         table: the edges. What it holds may change, its tensors may not.
+        stress: with the gradient of a strain.
         plainly: not by a program; hooks of modules are called then.
     """
 
-    def __init__(self, potential: Potential, batch: Batch, table: FullTable, *, plainly: bool = False) -> None:
+    def __init__(
+        self, potential: Potential, batch: Batch, table: FullTable, *, stress: bool = False, plainly: bool = False
+    ) -> None:
         network, elements = potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
         with torch.no_grad():
             tables = [form.tables_of(elements[1]) for form in contraction_forms(network)]
         tensors = {**batch.tensors, "edge_index": table.index}
         fixed = Batch(tensors, batch.numbers, batch.atoms_per_graph)
-        self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=False)
-        program = None if plainly else potential.program()
+        self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=stress)
+        program = None if plainly else potential.program(stress=stress)
         self._run: Callable[..., Sequence[Tensor]] = (
             evaluator(network, self._inputs, potential.backbone.head_index) if program is None else program
         )
 
-    def __call__(self, positions: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, positions: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Positions (n_atoms, 3) and shifts of the edges (n_edges, 3), A, in the precision of the network ->
 
-        energies of atoms (n_atoms,), eV, without reference energies; forces (n_atoms, 3), eV/A; whether these do not
-        hold, and the plain path is to be asked: a bool tensor without dimensions.
+        energies of atoms (n_atoms,), eV, without reference energies; forces (n_atoms, 3), eV/A; the gradient of a
+        strain of each structure (n_graphs, 3, 3), eV, if asked for; whether these do not hold, and the plain path is
+        to be asked: a bool tensor without dimensions.
         """
         self._inputs.batch.update(positions=positions, shifts=shifts)
-        node_energy, forces, doubt = self._run(*self._inputs.tensors())
-        return node_energy, forces, doubt
+        node_energy, forces, *strain, doubt = self._run(*self._inputs.tensors())
+        return node_energy, forces, strain[0][:-1] if strain else None, doubt
 
 
 __all__ = ["FixedNetwork"]

@@ -167,10 +167,10 @@ class Potential:
         """
         if self.backbone.fast and forces and not training:
             found = self._programs.predict(
-                self.adapter, batch, stress=stress, plainly=lambda: self._found_plainly(batch, stress=stress)
+                self.adapter, batch, stress=stress, plainly=lambda: self.found_plainly(batch, stress=stress)
             )
             if found is not None:
-                return self._totalled(batch, found)
+                return self.totalled(batch, found)
         return self._predict_plainly(batch, forces=forces, stress=stress, training=training)
 
     def compile(self, *, stress: bool = False) -> Path:
@@ -189,18 +189,18 @@ class Potential:
             raise CompilationError("this backbone was loaded with fast=False: load it without")
 
         def plainly(batch: Batch) -> Found:
-            return self._found_plainly(batch, stress=stress)
+            return self.found_plainly(batch, stress=stress)
 
         with self.folded():
             path = compile_program(self.backbone, self.adapter, stress=stress, plainly=plainly)
         self._programs.forget()
         return path
 
-    def program(self) -> Callable[..., list[Tensor]] | None:
-        """The network as machine code with its values of now, for calls without stresses: `tracing.Inputs.tensors` ->
-        node energies, forces, doubt. None where there is no program, or no call of `predict` has proven it yet.
+    def program(self, *, stress: bool = False) -> Callable[..., list[Tensor]] | None:
+        """The network as machine code with its values of now: `tracing.Inputs.tensors` -> what `tracing.evaluator`
+        gives. None where there is no program, or no call of `predict` has proven it yet.
         """
-        found = self._programs.proven(self.adapter, stress=False) if self.backbone.fast else None
+        found = self._programs.proven(self.adapter, stress=stress) if self.backbone.fast else None
         return None if found is None else found.with_values_of_now()
 
     def state(self) -> State:
@@ -210,14 +210,15 @@ class Potential:
         asked = None if self.adapter is None else self.adapter.situation()
         return (*state_of(tensors), (self.adapter, self.backbone.head, asked, sorted(self.reference_energies.items())))
 
-    def _found_plainly(self, batch: Batch, *, stress: bool) -> Found:
+    def found_plainly(self, batch: Batch, *, stress: bool) -> Found:
+        """What a program is to give, from the network itself."""
         prediction = self._predict_plainly(batch, forces=True, stress=stress, training=False)
         assert prediction.forces is not None
         own = prediction.node_energy - self._reference_table()[batch.numbers]
         return Found(own, prediction.forces, prediction.stress)
 
-    def _totalled(self, batch: Batch, found: Found) -> Prediction:
-        """What a program found, with sums over structures and reference energies."""
+    def totalled(self, batch: Batch, found: Found) -> Prediction:
+        """What was found for a batch, with sums over structures and reference energies."""
         per_atom = self._reference_table()[batch.numbers]
         own = found.node_energy.double()
         zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)

@@ -19,6 +19,7 @@ from mmea_calc.config import AdapterConfig, MDConfig
 from mmea_calc.errors import DataError, DynamicsError
 from mmea_calc.md.forces import ReplicaForces
 from mmea_calc.md.minimise import minimise
+from mmea_calc.md.neighbours import Neighbours, Pairs
 from mmea_calc.md.random import Noise
 from mmea_calc.md.simulation import Simulation
 from mmea_calc.md.stability import quick_check
@@ -134,6 +135,19 @@ def test_edges_do_not_depend_on_when_the_list_was_made() -> None:
     assert old.neighbours.n_builds == 2
     for name, tensor in old.batch.tensors.items():
         assert torch.equal(tensor, new.batch.tensors[name]), name
+
+
+def test_lists_made_on_the_device_are_those_made_on_the_host() -> None:
+    layout = Layout(replicas_of([s() for s in STARTS.values()], MDConfig()))
+    noise = Noise(0, layout.names, layout.atoms_per_replica)
+    here, there = (Neighbours(layout, 2.4, 0.5, on_device=on_device) for on_device in (False, True))
+    x = layout.start_positions()
+    for step in range(10):
+        one, other = here.candidates(x), there.candidates(x)
+        for name in Pairs.__dataclass_fields__:
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        x = x + 0.2 * noise.normals(step)
+    assert here.n_builds == there.n_builds > 6
 
 
 def test_network_sees_positions_near_the_origin() -> None:

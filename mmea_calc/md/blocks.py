@@ -245,7 +245,7 @@ class _Steps:
         potential = self.forces.potential
         near, _, shifts = self.forces.placed(positions, self.pairs)
         shifts = shifts + self.table.far(potential.backbone.r_max)
-        node_energy, forces, self._doubt = network(near.to(potential.dtype), shifts.to(potential.dtype))
+        node_energy, forces, _, self._doubt = network(near.to(potential.dtype), shifts.to(potential.dtype))
         self._closest = self.pairs.closest(self.pairs.distances2(positions), self.layout.n_replicas)
         return self.reference + self.layout.sum(node_energy.double()), forces.double()
 

@@ -19,6 +19,8 @@ from ase.data import covalent_radii
 from torch import Tensor
 
 from ..graph import FloatArray, IntArray, build_graph
+from ..neighbours import periodic_cell
+from ..pairs_on_device import pairs_within
 from .state import Layout
 
 # Up to this many atoms all pairs are cheaper than a list.
@@ -71,13 +73,15 @@ class Neighbours:
         layout: the replicas; their cells and periodic directions are those of their start structures.
         r_max: cutoff, A.
         skin: A.
+        on_device: make lists where the positions are (`pairs_on_device`); None: on a GPU. They are the same ones.
     """
 
-    def __init__(self, layout: Layout, r_max: float, skin: float = SKIN) -> None:
+    def __init__(self, layout: Layout, r_max: float, skin: float = SKIN, *, on_device: bool | None = None) -> None:
         self.layout, self.r_max, self.skin = layout, r_max, skin
+        self._on_device = layout.device.type == "cuda" if on_device is None else on_device
         self._listed = [bool(any(r.atoms.pbc)) or len(r.atoms) > ALL_PAIRS for r in layout.replicas]
-        self._parts: list[tuple[IntArray, FloatArray, FloatArray]] = [
-            _all_pairs(len(r.atoms)) if not listed else _no_pairs()
+        self._parts: list[_Part] = [
+            _all_pairs(0 if listed else len(r.atoms), layout.device)
             for r, listed in zip(layout.replicas, self._listed, strict=True)
         ]
         self._made_at: Tensor | None = None
@@ -118,9 +122,10 @@ class Neighbours:
         return self._pairs
 
     def _renew(self, positions: Tensor, which: list[int]) -> None:
-        parts = [p.numpy() for p in self.layout.split(positions.cpu())]
+        parts = self.layout.split(positions if self._on_device else positions.cpu())
+        make = _pairs_there if self._on_device else _pairs_here
         for i in which:
-            self._parts[i] = _pairs_within(self.layout.replicas[i].atoms, parts[i], self.r_max + self.skin)
+            self._parts[i] = make(self.layout.replicas[i].atoms, parts[i], self.r_max + self.skin, self.layout.device)
             self.n_builds += 1
         self._pairs = self._join()
 
@@ -128,25 +133,42 @@ class Neighbours:
         layout, device = self.layout, self.layout.device
         offsets = np.concatenate([[0], np.cumsum(layout.atoms_per_replica)])
         numbers = np.concatenate([r.atoms.numbers for r in layout.replicas])
-        index = np.concatenate([p[0] + o for p, o in zip(self._parts, offsets[:-1], strict=True)], axis=1)
-        radii = covalent_radii[numbers]
-        arrays = (
+        index = torch.cat([p[0] + int(o) for p, o in zip(self._parts, offsets[:-1], strict=True)], dim=1)
+        radii = torch.as_tensor(covalent_radii[numbers]).to(device)
+        counts = torch.tensor([p[0].shape[1] for p in self._parts], device=device)
+        return Pairs(
             index,
-            np.concatenate([p[1] for p in self._parts]),
-            np.concatenate([p[2] for p in self._parts]),
+            torch.cat([p[1] for p in self._parts]),
+            torch.cat([p[2] for p in self._parts]),
             radii[index[0]] + radii[index[1]],
-            np.repeat(np.arange(layout.n_replicas), [p[0].shape[1] for p in self._parts]),
+            torch.arange(layout.n_replicas, device=device).repeat_interleave(counts),
         )
-        return Pairs(*(torch.as_tensor(a).to(device) for a in arrays))
 
 
-def _no_pairs() -> tuple[IntArray, FloatArray, FloatArray]:
-    return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3)), np.zeros((0, 3))
+# Of one replica: sender and receiver, unit shifts, shifts.
+_Part = tuple[Tensor, Tensor, Tensor]
 
 
-def _all_pairs(n_atoms: int) -> tuple[IntArray, FloatArray, FloatArray]:
-    index = np.stack(np.nonzero(~np.eye(n_atoms, dtype=bool))).astype(np.int64)
-    return index, np.zeros((index.shape[1], 3)), np.zeros((index.shape[1], 3))
+def _all_pairs(n_atoms: int, device: torch.device) -> _Part:
+    index = (~torch.eye(n_atoms, dtype=torch.bool)).nonzero().T.contiguous().to(device)
+    zeros = torch.zeros(index.shape[1], 3, dtype=torch.float64, device=device)
+    return index, zeros, zeros
+
+
+def _pairs_there(start: Atoms, positions: Tensor, cutoff: float, device: torch.device) -> _Part:
+    cell = torch.as_tensor(periodic_cell(np.array(start.cell.array, dtype=np.float64), start.pbc)).to(device)
+    index, unit_shifts = pairs_within(positions, cell, start.pbc.tolist(), cutoff)
+    return index, unit_shifts, _shifts(unit_shifts, cell)
+
+
+def _pairs_here(start: Atoms, positions: Tensor, cutoff: float, device: torch.device) -> _Part:
+    found = _pairs_within(start, positions.numpy(), cutoff)
+    return tuple(torch.as_tensor(a).to(device) for a in found)  # type: ignore[return-value]
+
+
+def _shifts(unit_shifts: Tensor, cell: Tensor) -> Tensor:
+    """(n_pairs, 3), A: summed in this order whatever the number of pairs, which a matrix product would not promise."""
+    return unit_shifts[:, 0:1] * cell[0] + unit_shifts[:, 1:2] * cell[1] + unit_shifts[:, 2:3] * cell[2]
 
 
 def _pairs_within(start: Atoms, positions: FloatArray, cutoff: float) -> tuple[IntArray, FloatArray, FloatArray]:

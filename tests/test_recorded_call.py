@@ -1,0 +1,187 @@
+"""A recorded call gives the plain path's energies, forces and stresses while atoms move, and knows when it may not."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import molecule
+from ase.md.verlet import VelocityVerlet
+from small_adapter import adapter, backbone_path
+from test_full_table import _Watching
+from test_md_blocks import carbon, potential
+
+from conftest import crystal, ethanol
+from mmea_calc import MMEACalculator
+from mmea_calc.errors import DataError
+from mmea_calc.potential import Potential, Prediction
+from mmea_calc.recorded import Recording
+from mmea_calc.recorded_call import RecordedCall
+
+STRUCTURES = {"molecule": ethanol, "crystal": crystal, "list": carbon}
+
+
+def assert_right(found: Prediction | None, of: Potential, atoms: Atoms, *, stress: bool) -> None:
+    assert found is not None
+    expected = of.predict(of.collate([of.graph(atoms)]), stress=stress)
+    for name in ("energy", "node_energy", "forces", "stress"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("stress", [False, True])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_results_are_the_plain_paths_while_atoms_move(name: str, stress: bool) -> None:
+    made, atoms, rng = potential(), STRUCTURES[name](), np.random.default_rng(0)
+    if not atoms.pbc.any():
+        atoms.cell = np.diag([9.0, 8.0, 7.0])  # a stress refers to a volume
+    call = RecordedCall(made, skin=0.5)
+    assert call.predict(atoms, stress=stress) is None  # seen for the first time
+    for _ in range(12):
+        atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
+        assert_right(call.predict(atoms, stress=stress), made, atoms, stress=stress)
+    assert call.n_calls == 12
+    assert call.n_lists >= 2
+    assert call.n_recorded < call.n_lists  # lists of the same width share a recording
+
+
+def test_pairs_enter_and_leave_the_cutoff() -> None:
+    made = potential()
+    pair = molecule("H2O")
+    other = molecule("CH4")
+    other.positions += [9.0, 0, 0]
+    atoms = pair + other
+    call = RecordedCall(made)
+    energies = []
+    for _ in range(30):
+        found = call.predict(atoms, stress=False)
+        if found is not None:
+            assert_right(found, made, atoms, stress=False)
+            energies.append(float(found.energy))
+        atoms.positions[3:] -= [0.2, 0, 0]
+    assert call.n_calls == 29
+    assert energies[0] == pytest.approx(energies[1], abs=1e-9)  # out of reach
+    assert abs(energies[-1] - energies[0]) > 1e-3
+
+
+def test_another_structure_cell_or_weight_is_seen() -> None:
+    made, atoms = potential(), crystal()
+    call = RecordedCall(made)
+
+    def asked() -> Prediction | None:
+        return call.predict(atoms, stress=True)
+
+    assert asked() is None
+    assert_right(asked(), made, atoms, stress=True)
+    atoms.set_cell(atoms.cell.array * 1.02, scale_atoms=True)
+    assert asked() is None
+    assert_right(asked(), made, atoms, stress=True)
+    atoms.numbers[0] = 1
+    assert asked() is None
+    assert_right(asked(), made, atoms, stress=True)
+    assert made.adapter is not None
+    with torch.no_grad():
+        for parameter in made.adapter.parameters():
+            parameter.mul_(1.2)
+    assert_right(asked(), made, atoms, stress=True)
+    made.reference_energies = {1: 1.0, 6: 2.0, 8: 3.0}
+    assert_right(asked(), made, atoms, stress=True)
+    with made.adapter_disabled():
+        assert_right(asked(), made, atoms, stress=True)
+    assert_right(asked(), made, atoms, stress=True)
+
+
+def test_atoms_closer_than_in_training_are_left_to_the_plain_path() -> None:
+    calculator = MMEACalculator(adapter(), backbone=backbone_path(), dtype="float64", device="cpu")
+    call = RecordedCall(calculator.potential)
+    for factor in (1.1, 1.1, 0.9):
+        atoms = ethanol()
+        atoms.positions *= factor  # the adapter has seen 1.1
+        found = call.predict(atoms, stress=False)
+    assert call.n_calls == 1
+    assert found is None
+    assert call.usable
+
+
+def test_what_makes_no_call_is_left_to_who_says_so() -> None:
+    call = RecordedCall(potential())
+    atoms = ethanol()
+    call.predict(atoms, stress=False)
+    atoms.positions[0, 0] = np.nan
+    assert call.predict(atoms, stress=False) is None
+    single = Atoms("H")
+    assert [call.predict(single, stress=False) for _ in range(2)] == [None, None]
+
+
+def test_a_network_that_does_not_end_at_its_cutoff_is_found_out() -> None:
+    block = "RealAgnosticResidualNonLinearInteractionBlock"
+    call = RecordedCall(potential(None, interaction_cls_first=block, interaction_cls=block))
+    atoms = ethanol()
+    call.predict(atoms, stress=False)
+    with pytest.warns(UserWarning, match="does not end at its cutoff"):
+        assert call.predict(atoms, stress=False) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call.predict(atoms, stress=False) is None
+
+
+def test_nothing_in_a_recorded_call_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[set[str]] = []
+
+    class Watched(Recording[Any]):
+        def __call__(self) -> Any:
+            super().__call__()  # what is made once is made before the recording
+            with _Watching() as watching:
+                result = super().__call__()
+            found.append(watching.found)
+            return result
+
+    monkeypatch.setattr("mmea_calc.recorded_call.Recording", Watched)
+    call, atoms = RecordedCall(potential()), crystal()
+    for _ in range(3):
+        call.predict(atoms, stress=True)
+    assert found == [set(), set()]
+
+
+def test_dynamics_of_ase_with_recorded_calls_are_those_without() -> None:
+    ends = []
+    for recorded in (False, True):
+        calculator = MMEACalculator(adapter(), backbone=backbone_path(), dtype="float64", device="cpu")
+        atoms = ethanol()
+        atoms.positions *= 1.15
+        atoms.calc = calculator
+        if recorded:
+            calculator._recorded = RecordedCall(calculator.potential)
+        VelocityVerlet(atoms, 0.5 * units.fs).run(20)
+        ends.append((atoms.positions.copy(), atoms.get_potential_energy()))
+        if recorded:
+            assert calculator._recorded is not None
+            assert 10 <= calculator._recorded.n_calls <= 20  # not where a bond is shorter than those seen
+            with calculator.adapter_disabled():
+                bare = atoms.get_potential_energy()
+            assert abs(bare - ends[-1][1]) > 1e-6
+            atoms.numbers[0] = 7
+            with pytest.raises(DataError, match="the structure has N"):
+                atoms.get_potential_energy()
+    np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=0, atol=1e-9)
+    assert ends[1][1] == pytest.approx(ends[0][1], abs=1e-9)
+
+
+def test_on_a_gpu_calls_are_recorded(device: str) -> None:
+    calculator = MMEACalculator(adapter(), backbone=backbone_path(), dtype="float64", device=device)
+    assert (calculator._recorded is not None) == (device == "cuda")
+    if calculator._recorded is not None:
+        plain = MMEACalculator(adapter(), backbone=backbone_path(), dtype="float64", device="cpu")
+        atoms = ethanol()
+        atoms.positions *= 1.15
+        for _ in range(3):
+            atoms.rattle(0.01)
+            found, expected = calculator.get_forces(atoms), plain.get_forces(atoms)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+        assert calculator._recorded.n_calls == 2
