@@ -9,6 +9,9 @@ elements (`contraction`). So one program serves all methods that change the same
     found = gradient(batch, labels, weights, plainly)         # loss and gradient; None where it does not hold
 
 The first batch is computed by `plainly` too, and the two are compared.
+
+On a GPU shapes of batches that come again are recorded, as CUDA graphs (`recorded`), compiled or not: batches of one
+molecule have one shape, since their edges stand in tables that are filled up (`full_table`).
 """
 
 from __future__ import annotations
@@ -22,16 +25,18 @@ import torch
 from torch import Tensor
 
 from .adapted import Adapter
-from .arrangement import arrange, arrange_structures
-from .compiled import mostly_empty
+from .arrangement import Arrangement, arrange, arrange_elements, arrange_structures
+from .compiled import FILLED, MANY_SLOTS, mostly_empty
 from .config import TrainConfig
 from .errors import CompilationError
+from .full_table import WIDTHS, FullTable, width_of
 from .graph import Batch
 from .loss import Labels, Loss, LossWeights, Targets, delta_of
 from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
 from .potential import Potential
+from .recorded import Recordings
 from .steps import Gradients
-from .tracing import Inputs, contraction_forms, example, trace_loss
+from .tracing import Inputs, contraction_forms, example, inputs_of, loss_evaluator, trace_loss
 
 # Largest difference to the plain gradient, relative to its norm.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -44,12 +49,22 @@ class CompiledGradient:
         potential: on the fast path.
         adapter: what is trained; on the network of `potential`, neither merged nor switched off.
         config: of the loss.
+        compiled: by a program; else by the network's own operations, which is for recordings.
+        recorded: record them; None: on a GPU.
 
     Raises:
         CompilationError: it cannot be made here, or not for this: stresses are trained, say.
     """
 
-    def __init__(self, potential: Potential, adapter: Adapter, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        adapter: Adapter,
+        config: TrainConfig,
+        *,
+        compiled: bool = True,
+        recorded: bool | None = None,
+    ) -> None:
         backbone = potential.backbone
         if not backbone.fast:
             raise CompilationError("this backbone was loaded with fast=False: load it without")
@@ -63,11 +78,41 @@ class CompiledGradient:
         self._updated = [path for path, site in adapter.sites.items() if not site.kind.startswith("contraction")]
         own = {id(p) for part in adapter.on_linears.values() for p in part.parameters()}
         self._gates = [name for name, p in backbone.network.named_parameters() if id(p) in own]
-        self._program = Program(self._made(), backbone.device)
-        with self._folded():
-            known = dict(named_tensors(backbone.network))
-        self._values = self._program.values(known)
+        self._program: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+        self._values: list[Tensor] = []
+        if compiled:
+            self._program = program = Program(self._made(), backbone.device)
+            with self._folded():
+                self._values = program.values(dict(named_tensors(backbone.network)))
+        else:
+            self._program = self._network_itself()
+        self._recordings: Recordings | None = None
+        if backbone.device.type == "cuda" if recorded is None else recorded:
+            self._recordings = Recordings(lambda inputs: self._program(inputs, self._values), backbone.device)
         self._usable, self._proven = True, False
+
+    def _example(self) -> Batch:
+        backbone = self.potential.backbone
+        return example(
+            backbone.elements,
+            backbone.r_max,
+            head_index=backbone.head_index,
+            dtype=backbone.dtype,
+            device=backbone.device,
+        )
+
+    def _network_itself(self) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
+        """What a program computes, by the operations that it would be made of."""
+        network, head_index = self.potential.backbone.network, self.potential.backbone.head_index
+        with self._folded():
+            inputs = inputs_of(network, self._example(), stress=False)
+        evaluate = loss_evaluator(network, inputs, head_index, [*self._updated, *self._gates])
+
+        def run(inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+            with self._folded():
+                return list(evaluate(*inputs))
+
+        return run
 
     def _made(self) -> Path:
         """The program's path; it is compiled unless it is there."""
@@ -77,9 +122,7 @@ class CompiledGradient:
             path = path_of(network, head_index, "loss", names)
             if is_made(path):
                 return path
-            batch = example(
-                backbone.elements, backbone.r_max, head_index=head_index, dtype=backbone.dtype, device=backbone.device
-            )
+            batch = self._example()
             known = dict(named_tensors(network))
             trained = {name: known[name] for name in names}
             with being_made(path) as made:
@@ -119,8 +162,8 @@ class CompiledGradient:
         return None
 
     def _computed(self, batch: Batch, labels: Labels, weights: LossWeights) -> tuple[Loss, Gradients] | None:
-        arrangement = arrange(batch.tensors)
-        if mostly_empty(arrangement):
+        batch, arrangement = self._arranged(batch)
+        if arrangement is None:
             return None
         network = self.potential.backbone.network
         updated = [self.adapter.sites[path].value for path in self._updated]
@@ -129,7 +172,7 @@ class CompiledGradient:
         inputs = Inputs.of(batch, arrangement, tables, stress=False)
         targets = targets_of(batch, labels, weights, self.potential.reference_energy_of(batch), self.delta)
         flat = [t.detach() for t in (*updated, *gates, *inputs.tensors(), *targets.tensors())]
-        energy, forces, doubt, *found = self._program(flat, self._values)
+        energy, forces, doubt, *found = self._run(flat)
         if bool(doubt):
             return None
         made = [(t, g) for t, g in zip([*updated, *gates, *_joined(tables)], found, strict=True) if t.requires_grad]
@@ -137,6 +180,32 @@ class CompiledGradient:
             [t for t, _ in made], self.adapter.parameters(), [g for _, g in made], allow_unused=True
         )
         return Loss(energy, forces, energy.new_zeros(())), gradients
+
+    def _arranged(self, batch: Batch) -> tuple[Batch, Arrangement | None]:
+        """The batch and its arrangement; None where most of the tables would be empty. Filled up for a recording."""
+        if self._recordings is None:
+            arrangement = arrange(batch.tensors)
+            return batch, None if mostly_empty(arrangement) else arrangement
+        index = batch.tensors["edge_index"]
+        width = width_of(index, batch.n_atoms, WIDTHS)
+        if width * batch.n_atoms > max(MANY_SLOTS, FILLED * index.shape[1]):
+            return batch, None
+        table = FullTable.of(index, batch.n_atoms, width)
+        filled = {name: table.spread(batch.tensors[name]) for name in ("shifts", "unit_shifts")}
+        filled["shifts"] += table.far(self.potential.backbone.r_max).to(filled["shifts"])
+        tensors = {**batch.tensors, **filled, "edge_index": table.index}
+        elements = arrange_elements(batch.tensors["node_attrs"])
+        return Batch(tensors, batch.numbers, batch.atoms_per_graph), table.arrangement(elements)
+
+    def _run(self, inputs: list[Tensor]) -> list[Tensor]:
+        if self._recordings is not None:
+            try:
+                return self._recordings(inputs)
+            except RuntimeError as problem:  # whatever torch says of what cannot be recorded
+                self._recordings = None
+                reason = str(problem).strip().splitlines()[0]
+                warnings.warn(f"training steps are not recorded: {reason}", stacklevel=2)
+        return self._program(inputs, self._values)
 
 
 def _joined(tables: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .arrangement import Arrangement, Incidence
 
+# Of edges that come and go: one shape then serves many of their sets.
+WIDTHS = 8
+
 
 @dataclass(frozen=True)
 class FullTable:
@@ -60,6 +63,13 @@ class FullTable:
     def width(self) -> int:
         return int(self.sent.shape[0])
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the pairs (n_pairs, ...) -> of the edges, zero where they only fill up."""
+        if len(values) == 0:
+            return values.new_zeros(len(self.pair), *values.shape[1:])
+        filling = self.filling.view(-1, *[1] * (values.dim() - 1))
+        return values[self.pair].masked_fill(filling, 0)
+
     def take(self, other: FullTable) -> None:
         """Hold the edges of another table of the same shapes, in the tensors that this one has."""
         for name in (f.name for f in fields(self)):
@@ -80,9 +90,13 @@ class FullTable:
         return Arrangement(edges, senders, *elements)
 
 
-def width_of(index: Tensor, n_atoms: int) -> int:
-    """The largest number of pairs (2, n_pairs) to one atom; at least 2, as in all tables of a compiled network."""
-    return max(2, int(torch.bincount(index[1], minlength=n_atoms).max()))
+def width_of(index: Tensor, n_atoms: int, step: int = 1) -> int:
+    """The largest number of pairs (2, n_pairs) to one atom, rounded up to a multiple of `step`.
+
+    At least 2, as in all tables of a compiled network.
+    """
+    most = max(2, int(torch.bincount(index[1], minlength=n_atoms).max()))
+    return -(-most // step) * step
 
 
-__all__ = ["FullTable", "width_of"]
+__all__ = ["WIDTHS", "FullTable", "width_of"]

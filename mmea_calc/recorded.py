@@ -9,10 +9,11 @@ On other devices a recording runs the function, so that all that stands on it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -47,6 +48,48 @@ class Recording(Generic[T]):
         return self._result
 
 
+class Recordings:
+    """A function of tensors, recorded for every set of shapes that comes again.
+
+    Args:
+        function: of tensors whose values alone differ between calls of one recording.
+        device: where they are.
+        most: recordings that are kept, those used last; each holds all memory that its function takes.
+    """
+
+    def __init__(
+        self, function: Callable[[list[Tensor]], Sequence[Tensor]], device: torch.device, *, most: int = 8
+    ) -> None:
+        self._function, self._device, self._most = function, device, most
+        self._seen: set[tuple[object, ...]] = set()
+        self._kept: dict[tuple[object, ...], tuple[list[Tensor], Recording[Sequence[Tensor]]]] = {}
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The function's results, in tensors of their own.
+
+        Raises:
+            RuntimeError: see `Recording`.
+        """
+        key = tuple((t.shape, t.dtype) for t in inputs)
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            if key not in self._seen:  # shapes that do not come again are not worth a recording
+                self._seen.add(key)
+                return list(self._function(inputs))
+            while len(self._kept) >= self._most:
+                del self._kept[next(iter(self._kept))]
+            mine = [t.clone() for t in inputs]
+            kept = mine, Recording(lambda: self._function(mine), self._device)
+        self._kept[key] = kept  # the latest last
+        torch._foreach_copy_(kept[0], inputs)
+        return [t.clone() for t in kept[1]()]
+
+    @property
+    def n_kept(self) -> int:
+        """How many recordings there are."""
+        return len(self._kept)
+
+
 def _record(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
@@ -60,4 +103,4 @@ def _record(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda
     return graph, result
 
 
-__all__ = ["Recording"]
+__all__ = ["Recording", "Recordings"]

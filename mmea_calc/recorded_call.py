@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .compiled import Found, disagreement, stress_of
 from .fixed_network import FixedNetwork
-from .full_table import FullTable, width_of
+from .full_table import WIDTHS, FullTable, width_of
 from .graph import Batch, FloatArray, Graph, build_graph
 from .potential import Potential, Prediction
 from .recorded import Recording
@@ -27,7 +27,6 @@ from .tensor_state import State, same_state
 SKIN = 1.0  # A
 # Beyond this many edges the device is busy with them, and those of the skin cost more than starting operations.
 MOST_EDGES = 200_000
-_WIDTHS = 8  # multiples of this
 
 
 @dataclass
@@ -106,7 +105,7 @@ class RecordedCall:
         kept = self._tensors
         if kept is not None and kept.stress == stress and (not fresh or kept.take(of)):
             return kept
-        width = -(-width_of(of.batch.tensors["edge_index"], of.batch.n_atoms) // _WIDTHS) * _WIDTHS
+        width = width_of(of.batch.tensors["edge_index"], of.batch.n_atoms, WIDTHS)
         if width * of.batch.n_atoms > MOST_EDGES:
             return None
         self._tensors, self._proven = _Fixed(self.potential, of, width, stress), False
@@ -165,12 +164,8 @@ class _Fixed:
         return True
 
     def _shifts(self, of: _List) -> Tensor:
-        shifts, table = of.batch.tensors["shifts"], self.table
-        if shifts.shape[0]:
-            shifts = shifts[table.pair].masked_fill(table.filling, 0)
-        else:
-            shifts = shifts.new_zeros(len(table.pair), 3)
-        return shifts + table.far(self.r_max).to(shifts)
+        shifts = of.batch.tensors["shifts"]
+        return self.table.spread(shifts) + self.table.far(self.r_max).to(shifts)
 
     def _call(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         return self.network((self.placed + self.moved).to(self.shifts.dtype), self.shifts)

@@ -193,7 +193,7 @@ def example(
 
 def trace(network: nn.Module, batch: Batch, head_index: int, *, stress: bool) -> Traced:
     """The graph of `evaluator` for this network as it is now."""
-    inputs = _inputs(network, batch, stress=stress)
+    inputs = inputs_of(network, batch, stress=stress)
     return _trace(evaluator(network, inputs, head_index), inputs.tensors(), inputs.dynamic())
 
 
@@ -201,13 +201,14 @@ def trace_loss(
     network: nn.Module, batch: Batch, targets: Targets, head_index: int, trained: Mapping[str, Tensor]
 ) -> Traced:
     """The graph of `loss_evaluator` for this network as it is now, with respect to the tensors `trained` of it."""
-    inputs = _inputs(network, batch, stress=False)
+    inputs = inputs_of(network, batch, stress=False)
     function = loss_evaluator(network, inputs, head_index, list(trained))
     tensors = [*(t.detach() for t in trained.values()), *inputs.tensors(), *targets.tensors()]
     return _trace(function, tensors, [*(set() for _ in trained), *inputs.dynamic(), *Targets.DYNAMIC])
 
 
-def _inputs(network: nn.Module, batch: Batch, *, stress: bool) -> Inputs:
+def inputs_of(network: nn.Module, batch: Batch, *, stress: bool) -> Inputs:
+    """What a graph of this network takes of a batch."""
     arrangement = arrange(batch.tensors)
     with torch.no_grad():
         tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]

@@ -243,7 +243,10 @@ class Trainer:
         return found or step.plainly()
 
     def _compile(self) -> CompiledGradient | None:
-        """The compiled step, if it is wanted and can be had. The first process makes it, the others find it."""
+        """The compiled step, if it is wanted and can be had. The first process makes it, the others find it.
+
+        On a GPU steps are recorded in any case, by the network's own operations where they are not compiled.
+        """
 
         made: list[CompiledGradient] = []
 
@@ -256,7 +259,9 @@ class Trainer:
             return ""
 
         if not self.config.compile:
-            return None
+            if self.potential.device.type != "cuda" or not self.potential.backbone.fast or self.config.stress_weight:
+                return None
+            return CompiledGradient(self.potential, self.adapter, self.config, compiled=False)
         self.progress(ProgressEvent(message="compiling training steps, unless that was done before: a few minutes"))
         if reason := self.team.from_first(make):
             self.progress(ProgressEvent(message=f"training steps are not compiled: {reason}"))

@@ -15,6 +15,7 @@ from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
 from ase.build import molecule
 from test_finetuning import QUICK, SMALL, dataset, tiny_backbone
+from test_full_table import Watching
 from torch import Tensor
 
 from conftest import batch_of, crystal, ethanol, network_config, random_network, randomise, small_backbone_around
@@ -33,6 +34,7 @@ from mmea_calc.loss import LossWeights, collect_labels, loss_of
 from mmea_calc.mace_networks import repeat_to_the_bit
 from mmea_calc.methods import METHODS
 from mmea_calc.potential import Potential
+from mmea_calc.recorded import Recording, Recordings
 from mmea_calc.tracing import Inputs, contraction_forms, loss_evaluator, trace_loss
 
 CONFIG = TrainConfig(huber_delta=0.3)
@@ -176,6 +178,114 @@ def test_the_gradient_is_the_networks_for_every_method(method: str, uncompiled: 
         potential, adapter = adapted(backbone, AdapterConfig(method=method, gate_rank=2, low_rank=2))
         assert_agrees(uncompiled(potential, adapter), labelled(*STRUCTURES))
         assert not adapter.weights.folded
+
+
+# --- recorded --------------------------------------------------------------------------------------------------------
+
+
+def recorded(potential: Potential, adapter: Adapter) -> CompiledGradient:
+    """As on a GPU, where nothing is compiled."""
+    return CompiledGradient(potential, adapter, CONFIG, compiled=False, recorded=True)
+
+
+def shaken(seed: int) -> Atoms:
+    atoms = ethanol()
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def test_a_recorded_gradient_is_the_networks_on_every_architecture(architecture: Backbone) -> None:
+    potential, adapter = adapted(architecture, AdapterConfig(gate_rank=2, low_rank=2))
+    gradient = recorded(potential, adapter)
+    if "NonLinear" in architecture.config["interaction_cls"]:  # what fills up weighs something there
+        with pytest.warns(UserWarning, match="differs from the network's own"):
+            assert gradient(*of(potential, adapter, labelled(*STRUCTURES))) is None
+        return
+    assert gradient._recordings is not None
+    for seed in range(3):
+        assert_agrees(gradient, labelled(shaken(seed), crystal(), molecule("CH3COOH")))
+        randomise(adapter, seed, std=0.02)  # values are inputs
+    assert gradient._recordings.n_kept == 1
+    assert_agrees(gradient, labelled(molecule("CH3OH")))  # seen once
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recorded_gradient_is_the_networks_for_every_method(method: str) -> None:
+    with borrowed("agnostic") as network:
+        backbone = small_backbone_around(network, dict.fromkeys((1, 6, 8), -1.5))
+        potential, adapter = adapted(backbone, AdapterConfig(method=method, gate_rank=2, low_rank=2))
+        gradient = recorded(potential, adapter)
+        for seed in range(2):
+            assert_agrees(gradient, labelled(shaken(seed), shaken(seed + 5)))
+        assert gradient._recordings is not None
+        assert gradient._recordings.n_kept == 1
+        assert not adapter.weights.folded
+
+
+def test_nothing_in_a_recorded_gradient_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[set[str]] = []
+
+    class Watched(Recording[Any]):
+        def __call__(self) -> Any:
+            super().__call__()  # what is made once is made before the recording
+            with Watching() as watching:
+                result = super().__call__()
+            found.append(watching.found)
+            return result
+
+    monkeypatch.setattr("mmea_calc.recorded.Recording", Watched)
+    potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
+    gradient = recorded(potential, adapter)
+    for seed in range(2):
+        assert_agrees(gradient, labelled(shaken(seed)))
+    assert found == [set()]
+
+
+def test_what_cannot_be_recorded_is_told_once_and_computed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr("mmea_calc.recorded.Recording", refuse)
+    potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
+    gradient = recorded(potential, adapter)
+    assert_agrees(gradient, labelled(shaken(0)))
+    with pytest.warns(UserWarning, match="not recorded: out of memory$"):
+        assert_agrees(gradient, labelled(shaken(1)))
+    assert_agrees(gradient, labelled(shaken(2)))
+
+
+def test_recordings_are_few_and_of_what_comes_again() -> None:
+    asked: list[int] = []
+
+    def double(inputs: list[Tensor]) -> list[Tensor]:
+        asked.append(len(inputs[0]))
+        return [2 * inputs[0]]
+
+    recordings = Recordings(double, torch.device("cpu"), most=2)
+    kept = recordings([torch.ones(1)])
+    assert recordings.n_kept == 0
+    for n in (1, 2, 3, 2, 3, 1):
+        (found,) = recordings([torch.full((n,), float(n))])
+        assert torch.equal(found, torch.full((n,), 2.0 * n))
+    assert recordings.n_kept == 2
+    assert torch.equal(kept[0], torch.full((1,), 2.0))  # nobody writes into what was given out
+    assert asked == [1, 1, 2, 3, 2, 3, 1]
+
+
+def test_training_on_a_gpu_is_that_on_a_processor(device: str, tmp_path: Path) -> None:
+    if device != "cuda":
+        pytest.skip("compares a GPU with the processor")
+    found = []
+    for where in ("cpu", device):
+        training = replace(QUICK, epochs=4, optimizer="adamw", dtype="float64", device=where)
+        path = tmp_path / f"{where}.adapter"
+        finetune(dataset(tmp_path), path, backbone=fast_backbone().to(where), adapter=SMALL, training=training)
+        found.append(read_adapter(path).tensors)
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-6, atol=1e-8)
+
+
+# --- traced ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_traced_step_holds_for_batches_of_any_size(uncompiled: Any) -> None:

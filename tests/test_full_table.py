@@ -92,7 +92,7 @@ def test_a_network_in_which_far_pairs_weigh_something_shows() -> None:
             assert_the_same(evaluator(network, inputs, 0)(*inputs.tensors()), batch, network, 1e-12)
 
 
-class _Watching(TorchDispatchMode):
+class Watching(TorchDispatchMode):
     """Which operations wait for the device, or bring something from the host."""
 
     WAIT = (
@@ -128,10 +128,10 @@ def test_nothing_in_a_call_waits_for_the_device(name: str) -> None:
         inputs, _ = inputs_of(network, SETS["mixed"])
         evaluate = evaluator(network, inputs, 0)
         evaluate(*inputs.tensors())
-        with _Watching() as watching:
+        with Watching() as watching:
             evaluate(*inputs.tensors())
         # mace writes a number into its mask of heads: a tensor from the host on a CPU, filled in place on a GPU
         assert watching.found <= ({"lift_fresh"} if name == "heads" else set())
-        with _Watching() as watching:  # and it would be noticed
+        with Watching() as watching:  # and it would be noticed
             bool(torch.tensor([1.0]).nonzero().any())
         assert {"lift_fresh", "nonzero"} <= watching.found

@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from small_adapter import ENERGIES, trained
-from test_full_table import _Watching
+from test_full_table import Watching
 
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
@@ -205,7 +205,7 @@ def test_nothing_in_a_recorded_step_waits_for_the_device(monkeypatch: pytest.Mon
             function()  # as before a recording: what is made once is made here
 
         def __call__(self) -> None:
-            with _Watching() as watching:
+            with Watching() as watching:
                 super().__call__()
             watched.append(watching.found)
 

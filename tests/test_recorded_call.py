@@ -12,7 +12,7 @@ from ase import Atoms, units
 from ase.build import molecule
 from ase.md.verlet import VelocityVerlet
 from small_adapter import adapter, backbone_path
-from test_full_table import _Watching
+from test_full_table import Watching
 from test_md_blocks import carbon, potential
 
 from conftest import crystal, ethanol
@@ -137,7 +137,7 @@ def test_nothing_in_a_recorded_call_waits_for_the_device(monkeypatch: pytest.Mon
     class Watched(Recording[Any]):
         def __call__(self) -> Any:
             super().__call__()  # what is made once is made before the recording
-            with _Watching() as watching:
+            with Watching() as watching:
                 result = super().__call__()
             found.append(watching.found)
             return result

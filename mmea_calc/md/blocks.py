@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..fixed_network import FixedNetwork
-from ..full_table import FullTable, width_of
+from ..full_table import WIDTHS, FullTable, width_of
 from ..recorded import Recording
 from ..tensor_state import State as Values
 from ..tensor_state import same_state
@@ -37,7 +37,6 @@ LONGEST = 16  # steps in a block
 MOST_EDGES = 200_000
 # A list is renewed before a block when an atom has moved this share of the skin, within it at a half.
 _EARLY = 0.35
-_WIDTHS = 8  # of lists that change: multiples of this
 _KEPT = 2  # of them at a time
 # Largest difference to the ordinary path, in units of the largest force (at least 1 eV/A).
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -105,9 +104,7 @@ class Blocks:
     def _steps(self, pairs: Pairs) -> _Steps | None:
         """Steps for this list; None if they would not pay."""
         neighbours, n_atoms = self.simulation.forces.neighbours, len(self.simulation.layout.owner)
-        width = width_of(pairs.index, n_atoms)
-        if neighbours.made_at is not None:
-            width = -(-width // _WIDTHS) * _WIDTHS
+        width = width_of(pairs.index, n_atoms, 1 if neighbours.made_at is None else WIDTHS)
         if width * n_atoms > MOST_EDGES:
             return None
         kept = self._kept.pop(width, None)
@@ -208,15 +205,8 @@ class _Steps:
         """The edges of the table as pairs; those that only fill up are far apart."""
         table, owner = self.table, self.layout.owner[self.table.index[1]]
         far = table.far(self.forces.potential.backbone.r_max)
-        if pairs.index.shape[1] == 0:
-            return Pairs(table.index, torch.zeros_like(far), far, torch.ones_like(far[:, 0]), owner)
-        return Pairs(
-            table.index,
-            pairs.unit_shifts[table.pair].masked_fill(table.filling, 0),
-            pairs.shifts[table.pair].masked_fill(table.filling, 0) + far,
-            pairs.radii[table.pair].masked_fill(table.filling.squeeze(1), 1),
-            owner,
-        )
+        radii = table.spread(pairs.radii) + table.filling.squeeze(1).double()
+        return Pairs(table.index, table.spread(pairs.unit_shifts), table.spread(pairs.shifts) + far, radii, owner)
 
     # -- what is recorded ----------------------------------------------------------------------------------------
 
