@@ -29,6 +29,9 @@ from ._e3nn import o3
 from .arrangement import Arrangement, stage, total
 from .mace_bridge import interaction_blocks
 
+# Channels in multiples of this fill the processor's vectors, and matrix products over them are quick. Of products over
+# four channels torch 2.13's inductor makes wrong code, which the comparison after compiling finds.
+VECTOR = 16
 # Edges that are worked on together: what is made for them stays in the processor's cache.
 SLOTS = 512
 
@@ -315,7 +318,7 @@ class _WrittenOut(torch.autograd.Function):
         y, radial, *h = ctx.saved_tensors
         g = list(grad.unbind(1))  # (n, c) each
         of_h: list[dict[int, list[Tensor]]] = [{} for _ in h]
-        of_radial, of_y = [], []
+        of_radial = []
         for path, of_path in _grouped(terms, lambda t: t.path):
             parts = []
             for (i, a), of_a in _grouped(of_path, lambda t: (t.i, t.a)):
@@ -323,18 +326,41 @@ class _WrittenOut(torch.autograd.Function):
                 parts.append(h[i][:, :, a] * u)
                 of_h[i].setdefault(a, []).append(radial[:, :, path] * u)
             of_radial.append(total(parts))
-        for _, of_b in _grouped(terms, lambda t: t.b):
-            by_path = [
-                radial[:, :, path] * total(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
-                for path, of_path in _grouped(of_b, lambda t: t.path)
-            ]
-            of_y.append(total(by_path).sum(-1))
+        of_y = _of_y_by_products if grad.shape[2] % VECTOR == 0 else _of_y_term_by_term
         return (
             None,
-            torch.stack(of_y, dim=2),
+            of_y(terms, radial, h, grad),
             torch.stack(of_radial, dim=2),
             *(torch.stack([total(parts[a]) for a in sorted(parts)], dim=2) for parts in of_h),
         )
+
+
+def _of_y_term_by_term(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
+    """The gradient of Y, (width, n, n_Y): a sum over channels."""
+    g = grad.unbind(1)
+    found = []
+    for _, of_b in _grouped(terms, lambda t: t.b):
+        by_path = [
+            radial[:, :, path] * total(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
+            for path, of_path in _grouped(of_b, lambda t: t.path)
+        ]
+        found.append(total(by_path).sum(-1))
+    return torch.stack(found, dim=2)
+
+
+def _of_y_by_products(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
+    """The same, the sum over channels as one matrix product per node: as a loop a compiler transposes what it adds."""
+    width, n, _, c = radial.shape
+    pairs = sorted({(t.path, t.i, t.a) for t in terms})
+    place = {pair: number for number, pair in enumerate(pairs)}
+    per_edge = torch.stack([radial[:, :, path] * h[i][:, :, a] for path, i, a in pairs], dim=2)
+    per_node = per_edge.transpose(0, 1).reshape(n, -1, c)
+    found = torch.bmm(per_node, grad.transpose(1, 2)).view(n, width, len(pairs), -1)
+    of_b = [
+        total(t.c * found[:, :, place[t.path, t.i, t.a], t.k] for t in some)
+        for _, some in _grouped(terms, lambda t: t.b)
+    ]
+    return torch.stack(of_b, dim=2).transpose(0, 1)
 
 
 def _grouped(terms: Iterable[_Term], key: Callable[[_Term], Any]) -> list[tuple[Any, list[_Term]]]:

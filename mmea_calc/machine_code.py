@@ -25,7 +25,7 @@ from .errors import CompilationError
 from .mace_bridge import quiet
 from .tracing import Traced, place_of
 
-PROGRAM_VERSION = 1
+PROGRAM_VERSION = 2
 
 
 def program_folder() -> Path:

@@ -17,8 +17,13 @@ from mmea_calc.adapter_file import read_adapter
 from mmea_calc.errors import TrainingError
 from mmea_calc.finetuning import finetune
 from mmea_calc.potential import Potential
+from mmea_calc.pretrain.__main__ import main
+from mmea_calc.pretrain.choose import composition, compositions_left_out
+from mmea_calc.pretrain.dataset import read_arrays, spans
 from mmea_calc.replay import Replay, replay_structures
 from mmea_calc.trainer import ProgressEvent
+
+PBE = Path(__file__).resolve().parents[1] / "data" / "pbe"
 
 
 @pytest.fixture
@@ -136,3 +141,31 @@ def test_a_negative_number_is_refused_before_anything_is_written(tmp_path: Path)
     with pytest.raises(TrainingError, match="replay must be at least 0, got -1"):
         finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), training=replace(QUICK, replay=-1))
     assert not (tmp_path / "a.adapter").exists()
+
+
+# --- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_pool_holds_no_isomer_of_a_benchmark_molecule() -> None:
+    shipped, left_out = module._molecules(), compositions_left_out()
+    assert not [a for a in shipped if composition(a.numbers) in left_out]
+    assert max(sum(a.numbers > 1) for a in shipped) > 12
+    # all others of the labelled sets are in it, then 500 more
+    sets = read_arrays([PBE / "train-0.npz", PBE / "train-1.npz"])
+    numbers = [sets["numbers"][span] for span in spans(sets)]
+    kept = [n for n in numbers if composition(n) not in left_out]
+    assert len(shipped) == len(kept) + 500
+    assert all(np.array_equal(a.numbers, n) for a, n in zip(shipped, kept, strict=False))
+
+
+def test_a_pool_is_made_of_whole_sets_and_some_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pool", str(PBE / "valid-1.npz"), "--broad", str(PBE / "valid.npz"), "--out", str(tmp_path / "pool.npz")]
+    assert main([*words, "--number", "7"]) == 0
+    with np.load(tmp_path / "pool.npz") as made:
+        assert sorted(made) == ["n_atoms", "numbers", "positions"]
+        assert len(made["n_atoms"]) == 17 + 7
+        assert len(made["positions"]) == len(made["numbers"]) == made["n_atoms"].sum()
+    (tmp_path / "pool.npz").unlink()
+    assert main([*words, "--number", "100"]) == 1
+    assert "valid.npz has 62 structures" in capsys.readouterr().err
+    assert not (tmp_path / "pool.npz").exists()

@@ -54,7 +54,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
         app, [*words, "-o", str(tmp_path / "speed.json"), "--plot", str(tmp_path / "speed.svg")]
     )
     assert result.exit_code == 0, result.output
-    for line in ("one call, aspirin", "2 replicas of aspirin", "training step", "memory of that step", "adapter costs"):
+    calls = ("one call, aspirin", "dynamics of 1 aspirin", "dynamics of 2 aspirins", "2 replicas of aspirin")
+    for line in (*calls, "training step", "memory of that step", "adapter costs"):
         assert line in result.output
     assert "atoms, periodic" in (tmp_path / "speed.svg").read_text()
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]

@@ -1,4 +1,6 @@
-"""How fast: calls, replicas, periodic systems, training steps and memory, against mace-torch on the same backbone.
+"""How fast: calls, dynamics, replicas, periodic systems, training steps and memory, against mace-torch.
+
+Both sides have the same backbone.
 
 What is compared alternates within one run, so that a drift of the machine's speed meets all alike; medians are taken,
 and ratios are what counts. mace-torch's side is its own network without adapter, as its calculator and its training use
@@ -29,11 +31,12 @@ from ..adapter_file import AdapterFile, read_adapter
 from ..backbone import Backbone, load_backbone, save_backbone
 from ..calculator import MMEACalculator
 from ..compiled_training import CompiledGradient, Gradients
-from ..config import DEFAULT_BACKBONE, AdapterConfig, Precision, TrainConfig
+from ..config import DEFAULT_BACKBONE, AdapterConfig, MDConfig, Precision, TrainConfig
 from ..dataset import Labelled
 from ..errors import BackboneError
 from ..loss import Loss, LossWeights, collect_labels, loss_of
 from ..mace_bridge import build_network, mace_calculators, quiet
+from ..md.simulation import Simulation
 from ..potential import Potential
 
 ASPIRIN = Path(__file__).parent / "aspirin.xyz"
@@ -228,6 +231,9 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     rows = []
     tell("one call for aspirin")
     rows += _one_call(config, adapted, bare, theirs)
+    for n in dict.fromkeys((1, *config.replicas)):
+        tell(f"dynamics of aspirin, {n} replicas")
+        rows.append(_dynamics(config, adapted, theirs, n))
     for n in config.replicas:
         tell(f"{n} replicas of aspirin")
         rows.append(_replicas(config, adapted, theirs, n))
@@ -279,6 +285,29 @@ def _replicas(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
     return Timed(f"{n} replicas of aspirin", n / found["ours"], 1 / found["theirs"], "steps/s", note, "replicas", n)
 
 
+def _dynamics(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int) -> Timed:
+    """Whole steps, as `mmea md` takes them: neighbours, network, integrator, monitor, and a sample every 8 steps."""
+    potential, start = adapted.potential, aspirin()
+    adapted.get_potential_energy(start)  # its adapter is on the network from now on
+    # Small steps, and no bound: random weights are no potential to move in.
+    settings = MDConfig(
+        replicas=n, timestep_fs=0.02, drift_every=0, max_temperature_K=1e9, max_force_eV_per_A=1e9, time_ps=1e3
+    )
+    simulation = Simulation(potential, [start], settings)
+    simulation.start()
+
+    def steps() -> None:
+        simulation.advance(settings.stats_every)
+        simulation.sample()
+
+    calls = {"ours": steps, "theirs": _mover(start, theirs)}
+    found = medians(calls, max(5, config.calls // 8), potential.device)
+    rate = n * settings.stats_every / found["ours"]
+    in_blocks = simulation.blocks is not None and simulation.blocks.n_taken > 0
+    note = f"{1000 * n / rate:.2f} ms for a step{', recorded' if in_blocks else ''}; against one MACECalculator's calls"
+    return Timed(f"dynamics of {n} aspirin{'s' if n > 1 else ''}", rate, 1 / found["theirs"], "steps/s", note)
+
+
 def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int) -> Timed:
     side = max(1, round((n / 8) ** (1 / 3)))
     atoms = bulk("C", "diamond", a=3.8, cubic=True).repeat(side)
@@ -302,7 +331,8 @@ def training_step(config: SpeedConfig, *, ours: bool) -> tuple[Callable[[], obje
     if ours:
         handle = potential.adapter = attach(backbone.network, AdapterConfig(), start=False)
         parameters: Sequence[Tensor] = handle.parameters()
-        compiled = CompiledGradient(potential, handle, training) if config.compile else None
+        if config.compile or potential.device.type == "cuda":
+            compiled = CompiledGradient(potential, handle, training, compiled=config.compile)
     else:
         parameters = list(backbone.network.requires_grad_(True).parameters())
 

@@ -57,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
     unpack.add_argument("data", type=Path, help="folder with train-*.npz, valid.npz and e0.json")
     unpack.add_argument("--out", type=Path, required=True)
 
+    pool = commands.add_parser("pool", help="the molecules that fine-tuning replays")
+    pool.add_argument("sets", type=Path, nargs="+", help="packed sets that are taken whole")
+    pool.add_argument("--broad", type=Path, required=True, help="packed set that some more are drawn from")
+    pool.add_argument("--number", type=int, default=500, help="how many are drawn")
+    pool.add_argument("--seed", type=int, default=0)
+    pool.add_argument("--out", type=Path, required=True, help=".npz file to write")
+
     references = commands.add_parser("references", help="geometries, vibrations, a torsion, a dimer at PBE/def2-SVP")
     references.add_argument("--out", type=Path, required=True, help=".json file; what is in it is not made again")
 
@@ -134,6 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             count = sample(open_potential(options.pop("by")), **options, progress=lambda line: print(line, flush=True))
             print(f"{options['out']}: {count} structures")
+        elif command == "pool":
+            from .pool import pool
+
+            print(f"{options['out']}: {pool(options.pop('sets'), **options)} structures")
         elif command == "references":
             from .references import make_references
 
