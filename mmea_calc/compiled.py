@@ -92,6 +92,7 @@ class CompiledNetwork:
         self._values: list[Tensor] = []
         self._values_for: State = ()
         self._elements: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor]] | None = None
+        self._arranged: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor], Arrangement] | None = None
         self._tables: tuple[Tensor, list[list[Tensor]]] | None = None
 
     def __call__(self, batch: Batch, *, stress: bool) -> Found | None:
@@ -100,7 +101,7 @@ class CompiledNetwork:
             self._renew()
             tensors = batch.tensors
             elements = self._elements_of(tensors["node_attrs"])
-            arrangement = arrange(tensors, elements)
+            arrangement = self._arrangement_of(tensors, elements)
             if mostly_empty(arrangement):
                 return None
             inputs = Inputs.of(batch, arrangement, self._tables_of(elements[1]), stress=stress)
@@ -128,6 +129,13 @@ class CompiledNetwork:
         if kept is None or kept[0] is not node_attrs or kept[1] != node_attrs._version:
             self._elements = kept = (node_attrs, node_attrs._version, arrange_elements(node_attrs))
         return kept[2]
+
+    def _arrangement_of(self, tensors: dict[str, Tensor], elements: tuple[Incidence, Tensor, Tensor]) -> Arrangement:
+        """Kept likewise, while nobody enters or leaves the cutoff."""
+        edges, kept = tensors["edge_index"], self._arranged
+        if kept is None or kept[0] is not edges or kept[1] != edges._version or kept[2] is not elements:
+            self._arranged = kept = (edges, edges._version, elements, arrange(tensors, elements))
+        return kept[3]
 
     def _tables_of(self, present: Tensor) -> list[list[Tensor]]:
         if self._tables is None or not torch.equal(self._tables[0], present):

@@ -94,7 +94,7 @@ class Program:
             with safetensors.safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
                 self.names: list[str] = json.loads(file.metadata()["inputs"])
                 self.fixed = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
-            self._run = _load(path.with_suffix(".pt2"))
+            self._run = _load(path.with_suffix(".pt2"), device)
         except Exception as problem:  # whatever a foreign or damaged file makes torch raise
             raise CompilationError(
                 f"{path}.* cannot be opened ({problem}): remove these files, and compile again"
@@ -106,13 +106,17 @@ class Program:
 
     def __call__(self, inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Results for the tensors of a batch."""
-        return self._run(*inputs, *values)
+        return self._run([*inputs, *values])
 
 
-def _load(path: Path) -> Callable[..., list[Tensor]]:
+def _load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
     from torch._inductor import aoti_load_package
 
-    return cast(Callable[..., list[Tensor]], aoti_load_package(str(path)))
+    # On a GPU without what keeps threads apart: its events are none that a CUDA graph can hold.
+    single, index = device.type == "cuda", -1 if device.index is None else device.index
+    package = aoti_load_package(str(path), run_single_threaded=single, device_index=index if single else -1)
+    # Below what torch gives to be called, which takes nested arguments apart at every call: ours are flat.
+    return cast(Callable[[list[Tensor]], list[Tensor]], package.loader.boxed_run)
 
 
 def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:
