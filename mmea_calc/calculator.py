@@ -252,8 +252,8 @@ class MMEACalculator(Calculator):
         self.atoms, self.results = structure.copy(), results
 
     def _recorded_prediction(self, atoms: Atoms, stress: bool) -> Prediction | None:
-        """On a GPU, for one adapter on a structure that only moves; otherwise None."""
-        if self._recorded is None or len(self.active_adapters) != 1 or self._mounted != self.active_adapters[0]:
+        """On a GPU, for one adapter or none, on a structure that only moves; otherwise None."""
+        if self._recorded is None or self.active_adapters != ((self._mounted,) if self._mounted else ()):
             return None
         return self._recorded.predict(atoms, stress=stress)
 

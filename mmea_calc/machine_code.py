@@ -113,8 +113,9 @@ def _load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Ten
     from torch._inductor import aoti_load_package
 
     # On a GPU without what keeps threads apart: its events are none that a CUDA graph can hold.
-    single, index = device.type == "cuda", -1 if device.index is None else device.index
-    package = aoti_load_package(str(path), run_single_threaded=single, device_index=index if single else -1)
+    _, _, number = str(device).partition(":")
+    single = device.type == "cuda"
+    package = aoti_load_package(str(path), run_single_threaded=single, device_index=int(number) if number else -1)
     # Below what torch gives to be called, which takes nested arguments apart at every call: ours are flat.
     return cast(Callable[[list[Tensor]], list[Tensor]], package.loader.boxed_run)
 

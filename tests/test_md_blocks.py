@@ -242,3 +242,21 @@ def test_by_default_a_processor_takes_single_steps(device: str) -> None:
         assert simulation.blocks.n_taken == 4 * LONGEST
         other = simulate((ethanol(),), 4 * LONGEST, blocks=False, of=made)
         assert_the_same(simulation, other, 1e-6)
+
+
+def test_recording_takes_steps_and_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where what is recorded runs before."""
+
+    class Warmed(Recording[None]):
+        def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+            super().__init__(function, device)
+            for _ in range(3):
+                function()
+
+    monkeypatch.setattr("mmea_calc.md.blocks.Recording", Warmed)
+    # the second kind of step is recorded when the first has used up its noise
+    settings: dict[str, Any] = dict(temperatures_K=(300.0,), stats_every=2 * LONGEST, traj_every=2 * LONGEST)
+    row = simulate((ethanol(),), 2 * LONGEST, blocks=True, **settings)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 2 * LONGEST
+    assert_the_same(row, simulate((ethanol(),), 2 * LONGEST, blocks=False, **settings))

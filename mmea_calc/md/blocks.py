@@ -88,7 +88,7 @@ class Blocks:
         pairs = forces.neighbours.candidates(simulation.state.positions, _EARLY)
         values = forces.potential.state()
         if not same_state(values, self._values):
-            self._values, self._kept = values, {}
+            self._values, self._kept, self._proven = values, {}, False
         steps = self._steps(pairs)
         if steps is None:
             self.usable = False
@@ -166,6 +166,7 @@ class _Steps:
         """n steps from where the simulation is, the last one with gates watched if it is a sample; None in trouble."""
         start = self.simulation.state
         kinds = [sample and k == n - 1 for k in range(n)]
+        self.turn.zero_()  # recording takes steps, and there is noise for `LONGEST` of them
         for watched in set(kinds) - set(self._recordings):
             network = FixedNetwork(self.forces.potential, self.forces.batch, self.table, plainly=watched)
             function = partial(self._watched_step if watched else self._step, network)
