@@ -40,11 +40,16 @@ class FixedNetwork:
         )
 
     def __call__(self, positions: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Positions (n_atoms, 3) and shifts of the edges (n_edges, 3), A, in the precision of the network ->
+        """The network's results.
 
-        energies of atoms (n_atoms,), eV, without reference energies; forces (n_atoms, 3), eV/A; the gradient of a
-        strain of each structure (n_graphs, 3, 3), eV, if asked for; whether these do not hold, and the plain path is
-        to be asked: a bool tensor without dimensions.
+        Args:
+            positions: (n_atoms, 3), A, in the precision of the network.
+            shifts: of the edges, (n_edges, 3), A, likewise.
+
+        Returns:
+            energies of atoms (n_atoms,), eV, without reference energies; forces (n_atoms, 3), eV/A; the gradient of a
+            strain of each structure (n_graphs, 3, 3), eV, or None; whether these do not hold, so that the plain path
+            is to be asked, a bool tensor without dimensions.
         """
         self._inputs.batch.update(positions=positions, shifts=shifts)
         node_energy, forces, *strain, doubt = self._run(*self._inputs.tensors())

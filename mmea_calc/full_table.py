@@ -78,7 +78,8 @@ class FullTable:
 
     def far(self, r_max: float) -> Tensor:
         """What takes the edges that only fill up out of reach: shifts to be added, (width * n, 3), float64, A."""
-        return torch.cat([2.0 * r_max * self.filling, torch.zeros_like(self.filling).expand(-1, 2)], dim=1)
+        along = 2.0 * r_max * self.filling.double()
+        return torch.cat([along, torch.zeros_like(along).expand(-1, 2)], dim=1)
 
     def arrangement(self, elements: tuple[Incidence, Tensor, Tensor]) -> Arrangement:
         """For a network within `arranged`; `elements` are those of `arrange_elements`."""
