@@ -86,11 +86,10 @@ class Simulation:
 
     def step(self) -> None:
         """One step of all replicas that have not failed; the others stay as they are."""
-        if (self.state.step + 1) % self.config.stats_every == 0:
+        new = self.integrator.step(self.state, self.forces)
+        if new.step % self.config.stats_every == 0:
             with self.forces.watching_gates() as self._excesses:
-                new = self.integrator.step(self.state, self.forces)
-        else:
-            new = self.integrator.step(self.state, self.forces)
+                self.forces.look()
         alive = self.monitor.check(new)
         # The step in which a replica fails is not taken.
         self.state = where(alive, self.layout.owner, new, self.state)
