@@ -278,9 +278,9 @@ def test_a_program_that_is_damaged_or_wrong_is_not_used(
     monkeypatch.setattr(machine_code, "program_folder", lambda: folder)
     load = machine_code._load
 
-    def wrong(path: Path) -> Any:
-        program = load(path)
-        return lambda *inputs: [out * 1.01 if out.is_floating_point() else out for out in program(*inputs)]
+    def wrong(path: Path, device: torch.device) -> Any:
+        program = load(path, device)
+        return lambda inputs: [out * 1.01 if out.is_floating_point() else out for out in program(inputs)]
 
     batch = batches()["molecule"]
     with monkeypatch.context() as patch:
@@ -317,7 +317,7 @@ def test_a_program_that_differs_from_its_network_is_not_kept(
 
     monkeypatch.setattr(compiled, "build", another)
     load = machine_code._load
-    monkeypatch.setattr(machine_code, "_load", lambda path: lambda *inputs: [2 * out for out in load(path)(*inputs)])
+    monkeypatch.setattr(machine_code, "_load", lambda *of: lambda inputs: [2 * out for out in load(*of)(inputs)])
     with pytest.raises(CompilationError, match="it is not kept"):
         small_potential().compile(stress=True)
     assert list((tmp_path / "programs").iterdir()) == []

@@ -112,7 +112,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Any:
             patch.setattr(CompiledGradient, "_made", lambda self: Path())
             patch.setattr(compiled_training, "Program", NoProgram)
             gradient = CompiledGradient(potential, adapter, CONFIG)
-        gradient._program = Uncompiled(gradient, traced=traced)  # type: ignore[assignment]
+        gradient._program = Uncompiled(gradient, traced=traced)
         return gradient
 
     return make
