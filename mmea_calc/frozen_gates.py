@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arrangement import stage
 from .gates import MagnitudeGate
 from .tensor_state import State, same_state, state_of
 
@@ -42,6 +43,7 @@ class FrozenGate:
         """As `MagnitudeGate`: x (..., irreps_in.dim), y (..., irreps_out.dim)."""
         gate = self.gate
         asked = gate.recording or gate._forward_pre_hooks or gate._forward_hooks or torch.is_inference_mode_enabled()
+        asked = asked or stage() is not None  # a compiled network counts no operations, and spread factors are gathered
         constants = None if asked else self.constants()
         if constants is None:
             return gate(x, y)

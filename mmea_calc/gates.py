@@ -147,6 +147,8 @@ class MagnitudeGate(nn.Module):
         shape = LayerShape.of(linear)
         self.scalars = _even_scalars(shape.irreps_in)
         self.runs, factor_of = _output_runs(shape, shift, gains)
+        self.irreps = _irreps(shape, shift, gains, factor_of)
+        self.one_gain, self.components_first = gains == "order", shape.components_first
         self.widths = {kind: [r.width for r in self.runs if r.kind == kind] for kind in ("shift", "gain")}
         m0 = sum(s.stop - s.start for s in self.scalars)
         k0, k1 = sum(self.widths["shift"]), max(factor_of, default=-1) + 1
@@ -246,6 +248,8 @@ class MagnitudeGate(nn.Module):
         if self.gain is not None:  # eqs. 5, 6
             g = self.gain(z_gain)
             gain = torch.exp(g) if self.phi == "exp" else 1 + g
+        if stage() is not None:
+            return self._by_channel(y, shift, gain)
         # Few large operations: a gate's time on a small molecule is their number. `split` has a cheap gradient.
         shifts = iter(() if shift is None else shift.split(self.widths["shift"], dim=-1))
         factors = gain.index_select(-1, self.factor_of) if gain is not None else None
@@ -259,6 +263,24 @@ class MagnitudeGate(nn.Module):
             parts.append(piece)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
+    def _by_channel(self, y: Tensor, shift: Tensor | None, gain: Tensor | None) -> Tensor:
+        """The same for a compiled network, irrep by irrep: there operations cost nothing, and gathering does."""
+        parts, start, n_shifts = [], 0, 0
+        for kind, mul, dim, first in self.irreps:
+            piece, start = y[..., start : start + mul * dim], start + mul * dim
+            if kind == "shift":
+                assert shift is not None
+                piece, n_shifts = piece + shift[..., n_shifts : n_shifts + mul], n_shifts + mul
+            elif kind == "gain":
+                assert gain is not None
+                factors = gain[..., first : first + (1 if self.one_gain else mul)]
+                if self.components_first:
+                    piece = (piece.unflatten(-1, (dim, mul)) * factors.unsqueeze(-2)).flatten(-2)
+                else:
+                    piece = (piece.unflatten(-1, (mul, dim)) * factors.unsqueeze(-1)).flatten(-2)
+            parts.append(piece)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, phi={self.phi}, saturate={self.saturate}, calibrated={self.calibrated}"
 
@@ -269,6 +291,25 @@ class _Run:
 
     kind: Literal["shift", "gain", "none"]
     width: int
+
+
+def _irreps(
+    shape: LayerShape, shift: bool, gains: Gains, factor_of: list[int]
+) -> list[tuple[Literal["shift", "gain", "none"], int, int, int]]:
+    """What is done to each irrep of y, its channels and components, and which output of the gain head is its first."""
+    found: list[tuple[Literal["shift", "gain", "none"], int, int, int]] = []
+    scaled = 0
+    for mul, ir in shape.irreps_out:
+        if mul == 0:
+            continue
+        if ir.l == 0 and ir.p == 1:
+            found.append(("shift" if shift else "none", mul, ir.dim, 0))
+        elif gains == "none":
+            found.append(("none", mul, ir.dim, 0))
+        else:
+            found.append(("gain", mul, ir.dim, factor_of[scaled]))
+            scaled += mul * ir.dim
+    return found
 
 
 def _output_runs(shape: LayerShape, shift: bool, gains: Gains) -> tuple[list[_Run], list[int]]:
