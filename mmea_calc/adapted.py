@@ -373,12 +373,7 @@ class Adapter:
 
     def derived(self) -> dict[str, Tensor]:
         """Name -> tensors that a merged adapter computes with in the place of its own; renewed when those change."""
-        frozen = {name: self.network.get_submodule(name).__dict__.get(_FROZEN) for name in self.gates}
-        found = self._tables.tables() if self._tables is not None else {}
-        for name, gate in frozen.items():
-            for i, tensor in enumerate(gate.constants() or ()) if gate is not None else ():
-                found[f"gate of {name}, {i}"] = tensor
-        return found
+        return self._tables.tables() if self._tables is not None else {}
 
     @property
     def observed(self) -> bool:

@@ -134,7 +134,7 @@ def arrange_elements(node_attrs: Tensor) -> tuple[Incidence, Tensor, Tensor]:
     counts = torch.bincount(element, minlength=node_attrs.shape[1])
     present = counts.nonzero().flatten()
     n = max(2, len(present))
-    rows, empty, place = _table(torch.searchsorted(present, element), n)
+    rows, empty, place = table(torch.searchsorted(present, element), n)
     if len(present) == 1:
         present = present.repeat(2)
     # Here the atoms of one element stand in a row.
@@ -146,25 +146,27 @@ def arrange(tensors: dict[str, Tensor], elements: tuple[Incidence, Tensor, Tenso
     atoms, present, element = elements or arrange_elements(tensors["node_attrs"])
     sender, receiver = tensors["edge_index"]
     n_atoms = len(element)
-    rows, empty, slots = _table(receiver, n_atoms)
+    rows, empty, slots = table(receiver, n_atoms)
     begins = torch.where(empty, 0, sender[rows])
     # The slots in which edges from each atom lie: first those edges, then where each of them lies.
-    sent, missing, _ = _table(sender, n_atoms)
+    sent, missing, _ = table(sender, n_atoms)
     senders = Incidence(begins, empty, slots.flatten()[sent], missing)
     return Arrangement(Incidence(rows, empty, slots), senders, atoms, present, element)
 
 
 def arrange_structures(owner: Tensor, n_structures: int) -> tuple[Tensor, Tensor]:
     """Atoms of each structure, (most, n_structures), from the structure of each atom; and where there are no more."""
-    rows, empty, _ = _table(owner, n_structures)
+    rows, empty, _ = table(owner, n_structures)
     return rows, empty
 
 
-def _table(group: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Members of groups as a table of at least two rows; a group is a column.
+def table(group: Tensor, n_groups: int, width: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Members of groups as a table of at least `width` rows; a group is a column.
 
     Args:
         group: of each member, (n,).
+        n_groups: how many there are.
+        width: at least 2, since a compiled network takes a dimension of 1 for a special one.
 
     Returns:
         member in each place (width, n_groups), 0 where there is none; whether there is none; the place of each member
@@ -173,7 +175,7 @@ def _table(group: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     n = len(group)
     order = group.argsort(stable=True)
     counts = torch.bincount(group, minlength=n_groups)
-    width = max(2, int(counts.max()))
+    width = max(width, int(counts.max()))
     sorted_group = group[order]
     row = torch.arange(n, device=group.device) - (counts.cumsum(0) - counts)[sorted_group]
     at = row * n_groups + sorted_group

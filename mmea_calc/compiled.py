@@ -14,7 +14,7 @@ What could go wrong is checked where it would:
 | | |
 |---|---|
 | a program stands for another network | its name is a hash of all that the graph depends on (`machine_code.form_of`) |
-| its results are not those of the network | the first batch of every process is computed by both (`_TOLERANCE`) |
+| its results are not those of the network | the first batch of every process is computed by both (`TOLERANCE`) |
 | values have changed since (another adapter, an edit) | versions of all tensors are compared at every call |
 | it does not cover a case (atoms closer than in training) | it says so itself, and the batch is computed plainly |
 | most of the tables would be empty (a crystal among many small molecules) | that batch is computed plainly |
@@ -45,7 +45,7 @@ from .tracing import Inputs, contraction_forms, example, trace
 MANY_SLOTS, FILLED = 100_000, 3
 
 # Largest difference to the network's own results, in units of the largest force (at least 1 eV/A).
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def disagreement(one: Found, other: Found) -> tuple[float, float]:
     if one.stress is not None and other.stress is not None:
         pairs.append((one.stress, other.stress))
     worst = max(float((a - b).abs().max()) for a, b in pairs)
-    return worst, _TOLERANCE[other.forces.dtype] * scale
+    return worst, TOLERANCE[other.forces.dtype] * scale
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------
@@ -296,4 +296,4 @@ def compile_program(
     return path
 
 
-__all__ = ["CompiledNetwork", "Found", "Programs", "compile_program", "disagreement", "stress_of"]
+__all__ = ["TOLERANCE", "CompiledNetwork", "Found", "Programs", "compile_program", "disagreement", "stress_of"]

@@ -28,7 +28,7 @@ from .adapted import Adapter
 from .arrangement import Arrangement, arrange, arrange_elements, arrange_structures
 from .compiled import FILLED, MANY_SLOTS, mostly_empty
 from .config import TrainConfig
-from .errors import CompilationError
+from .errors import CompilationError, first_line
 from .full_table import WIDTHS, FullTable, width_of
 from .graph import Batch
 from .loss import Labels, Loss, LossWeights, Targets, delta_of
@@ -191,9 +191,9 @@ class CompiledGradient:
         if width * batch.n_atoms > max(MANY_SLOTS, FILLED * index.shape[1]):
             return batch, None
         table = FullTable.of(index, batch.n_atoms, width)
-        filled = {name: table.spread(batch.tensors[name]) for name in ("shifts", "unit_shifts")}
-        filled["shifts"] += table.far(self.potential.backbone.r_max).to(filled["shifts"])
-        tensors = {**batch.tensors, **filled, "edge_index": table.index}
+        shifts = table.shifts(batch.tensors["shifts"], self.potential.backbone.r_max)
+        unit_shifts = table.spread(batch.tensors["unit_shifts"])
+        tensors = {**batch.tensors, "edge_index": table.index, "shifts": shifts, "unit_shifts": unit_shifts}
         elements = arrange_elements(batch.tensors["node_attrs"])
         return Batch(tensors, batch.numbers, batch.atoms_per_graph), table.arrangement(elements)
 
@@ -203,8 +203,7 @@ class CompiledGradient:
                 return self._recordings(inputs)
             except RuntimeError as problem:  # whatever torch says of what cannot be recorded
                 self._recordings = None
-                reason = str(problem).strip().splitlines()[0]
-                warnings.warn(f"training steps are not recorded: {reason}", stacklevel=2)
+                warnings.warn(f"training steps are not recorded: {first_line(problem)}", stacklevel=2)
         return self._program(inputs, self._values)
 
 

@@ -44,3 +44,8 @@ class EngineError(MMEAError):
 
 class CompilationError(MMEAError):
     """A network cannot be compiled here, or a compiled one cannot be used."""
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of what an exception says; empty if it says nothing."""
+    return next(iter(str(problem).strip().splitlines()), "")

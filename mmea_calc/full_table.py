@@ -13,10 +13,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .arrangement import Arrangement, Incidence
+from .arrangement import Arrangement, Incidence, table
 
 # Of edges that come and go: one shape then serves many of their sets.
 WIDTHS = 8
+# Beyond this many edges a device is busy with them, and those of a skin cost more than starting operations.
+MOST_EDGES = 200_000
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,13 @@ class FullTable:
             width: at least `width_of(index, n_atoms)`.
         """
         sender, receiver = index
-        device = index.device
-        order = receiver.argsort(stable=True)
-        counts = torch.bincount(receiver, minlength=n_atoms)
-        sorted_receiver = receiver[order]
-        k = torch.arange(len(order), device=device) - (counts.cumsum(0) - counts)[sorted_receiver]
-        at = k * n_atoms + sorted_receiver
-        own = torch.arange(n_atoms, device=device).repeat(width)
-        senders, pair = own.clone(), torch.zeros_like(own)
-        filling = torch.ones(len(own), 1, dtype=torch.bool, device=device)
-        senders[at], pair[at], filling[at] = sender[order], order, False
+        pair, filling, _ = (t.flatten() for t in table(receiver, n_atoms, width))
+        own = torch.arange(n_atoms, device=index.device).repeat(width)
+        senders = own.clone()
+        senders[~filling] = sender[pair[~filling]]
         # Pairs go both ways and the others begin where they end: as many edges begin at an atom as end there.
         sent = senders.argsort(stable=True).view(n_atoms, width).T.contiguous()
-        return cls(torch.stack([senders, own]), pair, filling, sent)
+        return cls(torch.stack([senders, own]), pair, filling.unsqueeze(1), sent)
 
     @property
     def width(self) -> int:
@@ -69,6 +65,10 @@ class FullTable:
             return values.new_zeros(len(self.pair), *values.shape[1:])
         filling = self.filling.view(-1, *[1] * (values.dim() - 1))
         return values[self.pair].masked_fill(filling, 0)
+
+    def shifts(self, shifts: Tensor, r_max: float) -> Tensor:
+        """Shifts of the pairs (n_pairs, 3), A -> of the edges, those that only fill up out of reach."""
+        return self.spread(shifts) + self.far(r_max).to(shifts)
 
     def take(self, other: FullTable) -> None:
         """Hold the edges of another table of the same shapes, in the tensors that this one has."""
@@ -100,4 +100,4 @@ def width_of(index: Tensor, n_atoms: int, step: int = 1) -> int:
     return -(-most // step) * step
 
 
-__all__ = ["WIDTHS", "FullTable", "width_of"]
+__all__ = ["MOST_EDGES", "WIDTHS", "FullTable", "width_of"]

@@ -82,7 +82,7 @@ def reason_not_gatable(linear: Any, *, shift: bool = True, gains: Gains = "chann
     shape = LayerShape.of(linear)
     if not _even_scalars(shape.irreps_in):
         return f"its input {shape.irreps_in} has no even scalar (0e) for the gate to see"
-    if all(run.kind == "none" for run in _output_runs(shape, shift, gains)[0]):
+    if all(irrep.kind == "none" for irrep in _irreps(shape, shift, gains)):
         return f"its output {linear.irreps_out} has nothing that a gate with shift={shift}, gains={gains!r} acts on"
     return None
 
@@ -146,9 +146,8 @@ class MagnitudeGate(nn.Module):
         self.rank, self.phi, self.saturate, self.nonlinearity = rank, phi, saturate, nonlinearity
         shape = LayerShape.of(linear)
         self.scalars = _even_scalars(shape.irreps_in)
-        self.runs, factor_of = _output_runs(shape, shift, gains)
-        self.irreps = _irreps(shape, shift, gains, factor_of)
-        self.one_gain, self.components_first = gains == "order", shape.components_first
+        self.irreps, self.components_first = _irreps(shape, shift, gains), shape.components_first
+        self.runs, factor_of = _runs_of(self.irreps, shape.components_first)
         self.widths = {kind: [r.width for r in self.runs if r.kind == kind] for kind in ("shift", "gain")}
         m0 = sum(s.stop - s.start for s in self.scalars)
         k0, k1 = sum(self.widths["shift"]), max(factor_of, default=-1) + 1
@@ -266,18 +265,17 @@ class MagnitudeGate(nn.Module):
     def _by_channel(self, y: Tensor, shift: Tensor | None, gain: Tensor | None) -> Tensor:
         """The same for a compiled network, irrep by irrep: there operations cost nothing, and gathering does."""
         parts, start, n_shifts = [], 0, 0
-        for kind, mul, dim, first in self.irreps:
+        for irrep in self.irreps:
+            mul, dim = irrep.mul, irrep.dim
             piece, start = y[..., start : start + mul * dim], start + mul * dim
-            if kind == "shift":
+            if irrep.kind == "shift":
                 assert shift is not None
                 piece, n_shifts = piece + shift[..., n_shifts : n_shifts + mul], n_shifts + mul
-            elif kind == "gain":
+            elif irrep.kind == "gain":
                 assert gain is not None
-                factors = gain[..., first : first + (1 if self.one_gain else mul)]
-                if self.components_first:
-                    piece = (piece.unflatten(-1, (dim, mul)) * factors.unsqueeze(-2)).flatten(-2)
-                else:
-                    piece = (piece.unflatten(-1, (mul, dim)) * factors.unsqueeze(-1)).flatten(-2)
+                factors = gain[..., irrep.first : irrep.first + irrep.n_factors]
+                shape, axis = ((dim, mul), -2) if self.components_first else ((mul, dim), -1)
+                piece = (piece.unflatten(-1, shape) * factors.unsqueeze(axis)).flatten(-2)
             parts.append(piece)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -293,51 +291,56 @@ class _Run:
     width: int
 
 
-def _irreps(
-    shape: LayerShape, shift: bool, gains: Gains, factor_of: list[int]
-) -> list[tuple[Literal["shift", "gain", "none"], int, int, int]]:
-    """What is done to each irrep of y, its channels and components, and which output of the gain head is its first."""
-    found: list[tuple[Literal["shift", "gain", "none"], int, int, int]] = []
-    scaled = 0
-    for mul, ir in shape.irreps_out:
-        if mul == 0:
-            continue
-        if ir.l == 0 and ir.p == 1:
-            found.append(("shift" if shift else "none", mul, ir.dim, 0))
-        elif gains == "none":
-            found.append(("none", mul, ir.dim, 0))
-        else:
-            found.append(("gain", mul, ir.dim, factor_of[scaled]))
-            scaled += mul * ir.dim
-    return found
+@dataclass(frozen=True)
+class _Irrep:
+    """What is done to one irrep of y.
 
-
-def _output_runs(shape: LayerShape, shift: bool, gains: Gains) -> tuple[list[_Run], list[int]]:
-    """The runs of y, and for every scaled component, in their order, the output of the gain head that is its factor.
-
-    A factor is shared by the components of a channel, and by all channels of an irrep if gains is "order".
+    Attributes:
+        kind: whether it is shifted, scaled or left alone.
+        mul, dim: its channels, and the components of each.
+        first: the output of the gain head that is the factor of its first channel.
+        n_factors: how many follow: one for each channel, or one for all.
     """
-    runs: list[_Run] = []
-    factor_of: list[int] = []
+
+    kind: Literal["shift", "gain", "none"]
+    mul: int
+    dim: int
+    first: int = 0
+    n_factors: int = 0
+
+
+def _irreps(shape: LayerShape, shift: bool, gains: Gains) -> list[_Irrep]:
+    """The irreps of y; a factor is shared by the components of a channel, and by equal irreps if gains is "order"."""
+    found: list[_Irrep] = []
     of_irrep: dict[o3.Irrep, int] = {}
     n_factors = 0
     for mul, ir in shape.irreps_out:
         if mul == 0:
             continue
-        kind: Literal["shift", "gain", "none"] = "none"
         if ir.l == 0 and ir.p == 1:
-            kind = "shift" if shift else "none"
-        elif gains != "none":
-            kind = "gain"
-            shared = gains == "order"
-            first = of_irrep.setdefault(ir, n_factors) if shared else n_factors
-            one_each = [first + (0 if shared else channel) for channel in range(mul)]
-            factor_of += one_each * ir.dim if shape.components_first else [f for f in one_each for _ in range(ir.dim)]
-            n_factors = max(n_factors, first + (1 if shared else mul))
-        width = mul * ir.dim
-        if runs and runs[-1].kind == kind:
+            found.append(_Irrep("shift" if shift else "none", mul, ir.dim))
+        elif gains == "none":
+            found.append(_Irrep("none", mul, ir.dim))
+        else:
+            n = 1 if gains == "order" else mul
+            first = of_irrep.setdefault(ir, n_factors) if gains == "order" else n_factors
+            n_factors = max(n_factors, first + n)
+            found.append(_Irrep("gain", mul, ir.dim, first, n))
+    return found
+
+
+def _runs_of(irreps: list[_Irrep], components_first: bool) -> tuple[list[_Run], list[int]]:
+    """The runs of y, and for every scaled component, in their order, the output of the gain head that is its factor."""
+    runs: list[_Run] = []
+    factor_of: list[int] = []
+    for irrep in irreps:
+        if irrep.kind == "gain":
+            one_each = [irrep.first + (channel if irrep.n_factors > 1 else 0) for channel in range(irrep.mul)]
+            factor_of += one_each * irrep.dim if components_first else [f for f in one_each for _ in range(irrep.dim)]
+        width = irrep.mul * irrep.dim
+        if runs and runs[-1].kind == irrep.kind:
             width += runs.pop().width
-        runs.append(_Run(kind, width))
+        runs.append(_Run(irrep.kind, width))
     return runs, factor_of
 
 

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .errors import CompilationError
+from .errors import CompilationError, first_line
 from .mace_bridge import quiet
 from .tracing import Traced, place_of
 
@@ -175,10 +175,9 @@ def being_made(path: Path) -> Iterator[Path]:
         except CompilationError:
             raise
         except Exception as problem:  # inductor raises whatever its passes and the compiler raise
-            reason = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
             raise CompilationError(
-                f"this network cannot be compiled here ({type(problem).__name__}: {reason[:200]}); a C++ compiler is "
-                "needed (g++ or clang), and everything works without"
+                f"this network cannot be compiled here ({type(problem).__name__}: {first_line(problem)[:200]}); "
+                "a C++ compiler is needed (g++ or clang), and everything works without"
             ) from problem
         for ending in (".pt2", ".safetensors"):  # in this order: the second says that the first is whole
             made.with_suffix(ending).replace(path.with_suffix(ending))

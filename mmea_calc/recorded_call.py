@@ -17,16 +17,15 @@ from ase import Atoms
 from torch import Tensor
 
 from .compiled import Found, disagreement, stress_of
+from .errors import first_line
 from .fixed_network import FixedNetwork
-from .full_table import WIDTHS, FullTable, width_of
+from .full_table import MOST_EDGES, WIDTHS, FullTable, width_of
 from .graph import Batch, FloatArray, Graph, build_graph
 from .potential import Potential, Prediction
 from .recorded import Recording
 from .tensor_state import State, same_state
 
 SKIN = 1.0  # A
-# Beyond this many edges the device is busy with them, and those of the skin cost more than starting operations.
-MOST_EDGES = 200_000
 
 
 @dataclass
@@ -75,7 +74,7 @@ class RecordedCall:
         try:
             return self._predict(atoms, stress)
         except RuntimeError as problem:  # whatever torch says of what cannot be recorded
-            self._give_up(f"it cannot be recorded: {str(problem).strip().splitlines()[0]}")
+            self._give_up(f"it cannot be recorded: {first_line(problem)}")
             return None
 
     def _predict(self, atoms: Atoms, stress: bool) -> Prediction | None:
@@ -143,7 +142,7 @@ class _Fixed:
         self.table = FullTable.of(edges, n_atoms, width)
         self.placed = of.batch.tensors["positions"].double()
         self.cell = of.batch.tensors["cell"]
-        self.shifts = self._shifts(of)
+        self.shifts = self.table.shifts(of.batch.tensors["shifts"], self.r_max)
         self.moved = torch.zeros_like(self.placed)
         self.network = FixedNetwork(potential, of.batch, self.table, stress=stress)
         self.set_positions(of)
@@ -159,13 +158,9 @@ class _Fixed:
         if width_of(edges, n_atoms) > self.table.width:
             return False
         self.table.take(FullTable.of(edges, n_atoms, self.table.width))
-        self.shifts.copy_(self._shifts(of))
+        self.shifts.copy_(self.table.shifts(of.batch.tensors["shifts"], self.r_max))
         self.set_positions(of)
         return True
-
-    def _shifts(self, of: _List) -> Tensor:
-        shifts = of.batch.tensors["shifts"]
-        return self.table.spread(shifts) + self.table.far(self.r_max).to(shifts)
 
     def _call(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         return self.network((self.placed + self.moved).to(self.shifts.dtype), self.shifts)

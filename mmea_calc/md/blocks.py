@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..compiled import TOLERANCE
+from ..errors import first_line
 from ..fixed_network import FixedNetwork
-from ..full_table import WIDTHS, FullTable, width_of
+from ..full_table import MOST_EDGES, WIDTHS, FullTable, width_of
 from ..recorded import Recording
 from ..tensor_state import State as Values
 from ..tensor_state import same_state
@@ -33,13 +35,9 @@ if TYPE_CHECKING:
     from .simulation import Simulation
 
 LONGEST = 16  # steps in a block
-# Beyond this many edges the device is busy with them, and those of the skin cost more than starting operations.
-MOST_EDGES = 200_000
 # A list is renewed before a block when an atom has moved this share of the skin, within it at a half.
 _EARLY = 0.35
 _KEPT = 2  # of them at a time
-# Largest difference to the ordinary path, in units of the largest force (at least 1 eV/A).
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 class Blocks:
@@ -76,7 +74,7 @@ class Blocks:
         try:
             found = self._take(n, sample)
         except RuntimeError as problem:  # whatever torch says of what cannot be recorded
-            self._give_up(f"they cannot be recorded: {str(problem).strip().splitlines()[0]}")
+            self._give_up(f"they cannot be recorded: {first_line(problem)}")
             return None
         # What makes trouble once may do so for a while.
         self._patience = 0 if found is not None else min(2 * self._patience + 1, 63)
@@ -117,7 +115,7 @@ class Blocks:
         energy, forces = self.simulation.forces(state.positions)
         scale = max(1.0, float(forces.abs().max()))
         worst = max(float((forces - state.forces).abs().max()), float((energy - state.potential_energy).abs().max()))
-        allowed = _TOLERANCE[self.simulation.forces.potential.dtype] * scale
+        allowed = TOLERANCE[self.simulation.forces.potential.dtype] * scale
         self._proven = worst <= allowed
         if not self._proven:
             self._give_up(
@@ -205,9 +203,9 @@ class _Steps:
     def _pairs_of(self, pairs: Pairs) -> Pairs:
         """The edges of the table as pairs; those that only fill up are far apart."""
         table, owner = self.table, self.layout.owner[self.table.index[1]]
-        far = table.far(self.forces.potential.backbone.r_max)
+        shifts = table.shifts(pairs.shifts, self.forces.potential.backbone.r_max)
         radii = table.spread(pairs.radii) + table.filling.squeeze(1).double()
-        return Pairs(table.index, table.spread(pairs.unit_shifts), table.spread(pairs.shifts) + far, radii, owner)
+        return Pairs(table.index, table.spread(pairs.unit_shifts), shifts, radii, owner)
 
     # -- what is recorded ----------------------------------------------------------------------------------------
 
