@@ -373,7 +373,12 @@ class Adapter:
 
     def derived(self) -> dict[str, Tensor]:
         """Name -> tensors that a merged adapter computes with in the place of its own; renewed when those change."""
-        return self._tables.tables() if self._tables is not None else {}
+        found = self._tables.tables() if self._tables is not None else {}
+        for name in self.gates:
+            frozen: FrozenGate | None = self.network.get_submodule(name).__dict__.get(_FROZEN)
+            constants = {} if frozen is None else frozen.constants()
+            found.update({f"gates.{name}.{key}": tensor for key, tensor in constants.items()})
+        return found
 
     @property
     def observed(self) -> bool:

@@ -10,7 +10,7 @@ derivative adds to one address from two places, and results repeat to the bit on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -201,6 +201,22 @@ class Stage:
     arrangement: Arrangement
     tables: Mapping[Any, list[Tensor]]
     doubts: list[Tensor] = field(default_factory=list)
+    _pieces: dict[tuple[int, tuple[int, ...]], tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """x (..., sum of sizes) in pieces (..., size): the same for all who ask, and those that `join` was given."""
+        key = id(x), tuple(sizes)
+        if key not in self._pieces:
+            self._pieces[key] = x, x.split(list(sizes), dim=-1)  # x is held, so that no other takes its id
+        return self._pieces[key][1]
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Pieces (..., size) as (..., sum of sizes)."""
+        if len(pieces) == 1:
+            return pieces[0]
+        x = torch.cat(list(pieces), dim=-1)
+        self._pieces[id(x), tuple(piece.shape[-1] for piece in pieces)] = x, tuple(pieces)
+        return x
 
     def doubt(self) -> Tensor:
         """Whether any of them is true."""

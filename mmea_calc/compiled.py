@@ -90,7 +90,7 @@ class CompiledNetwork:
         # A module keeps its dictionaries for life, while a change of precision replaces the buffers in them.
         self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers)]
         self._values: list[Tensor] = []
-        self._values_for: State = ()
+        self._values_for = State()
         self._elements: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor]] | None = None
         self._arranged: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor], Arrangement] | None = None
         self._tables: tuple[Tensor, list[list[Tensor]]] | None = None

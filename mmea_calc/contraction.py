@@ -64,7 +64,7 @@ class TableContraction:
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
         self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
         self._kept: dict[int, list[Tensor]] = {}
-        self._kept_for: State = ()
+        self._kept_for = State()
         self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class TableContraction:
             out = self._contracted(a, now.tables[self], _next_sorted)
             out = out.unflatten(0, (at.rows.shape[0], x.shape[1])).transpose(1, 2)  # (elements, atoms of each, c, w)
             out = at.scatter(out)
-            return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
+            return now.join([piece.flatten(1) for piece in out.split(self.widths, dim=-1)])
         order, counts, back = self._atoms_by_element(y)
         if not counts:  # no atoms
             return x.new_zeros(0, x.shape[1] * sum(self.widths))
@@ -141,7 +141,7 @@ class TableContraction:
         # Tensors of inference mode have no version, and tables made there could not enter a later gradient.
         unkept = torch.is_inference_mode_enabled() or any(t.is_inference() for t in (*weights, *couplings))
         if unkept or any(w.requires_grad for w in weights):
-            self._kept, self._kept_for = {}, ()
+            self._kept, self._kept_for = {}, State()
             return {e: self._one(e) for e in elements}
         state = state_of((*weights, *couplings))
         if not same_state(state, self._kept_for):
@@ -173,7 +173,7 @@ class TableContraction:
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: without the tables, which are made again."""
-        return {**self.__dict__, "_kept": {}, "_kept_for": (), "_grouped": None}
+        return {**self.__dict__, "_kept": {}, "_kept_for": State(), "_grouped": None}
 
 
 def _next(monomials: Tensor, a: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _reason_not_covered(product: Any) -> str | None:
 class _Paths:
     """Paths from one irrep of the features."""
 
-    features: slice
+    number: int  # of that irrep
     dim: int  # 2 l1 + 1
     numbers: list[int]  # in the order of the weights
     coupling: Tensor  # (K, n_Y * n_paths * dim), float64
@@ -153,7 +153,10 @@ class FastConvolution:
         self.planner = planner
         self.channels = int(stock.irreps_in1[0].mul)
         self.n_paths = len(stock.instructions)
-        self.paths, self.blocks = _paths(stock)
+        self.sizes = [mul * ir.dim for mul, ir in stock.irreps_in1]
+        # Irreps of the output: how many of the same stand side by side, and their 2 l3 + 1.
+        self.runs = [(mul // self.channels, ir.dim) for mul, ir in stock.irreps_out.simplify()]
+        self.paths = _paths(stock)
         self.terms = _terms(self.paths, n_y=int(stock.irreps_in2.dim))
         self._constants: dict[tuple[torch.dtype, torch.device], _Constants] = {}
 
@@ -169,15 +172,22 @@ class FastConvolution:
         Returns:
             (n_nodes, irreps_out.dim).
         """
-        by_irrep = [features[:, p.features].unflatten(1, (self.channels, p.dim)).transpose(1, 2) for p in self.paths]
-        if now := stage():
+        now = stage()
+        pieces = now.split(features, self.sizes) if now else features.split(self.sizes, dim=1)
+        by_irrep = [pieces[p.number].unflatten(1, (self.channels, p.dim)).transpose(1, 2) for p in self.paths]
+        if now:
             out = self._arranged(by_irrep, y, weights, now.arrangement)
         else:
             constants, plan = self._constants_like(features), self.planner(edge_index, features.shape[0])
             radial = weights.reshape(-1, self.channels)
             out = _Convolve.apply(constants, plan.nodes, y, radial, *(h.contiguous() for h in by_irrep))
             out = out.new_zeros(len(features), *out.shape[1:]).index_copy(0, plan.order, out)
-        return torch.cat([o.transpose(1, 2).flatten(1) for o in out.split(self.blocks, dim=1)], dim=1)
+        runs = [
+            out.unflatten(1, run)
+            for out, run in zip(out.split([n * d for n, d in self.runs], 1), self.runs, strict=True)
+        ]
+        found = [run.transpose(2, 3).flatten(1) for run in runs]  # (n_nodes, paths * channels * (2l+1))
+        return now.join(found) if now else torch.cat(found, dim=1)
 
     def _arranged(self, by_irrep: list[Tensor], y: Tensor, weights: Tensor, at: Arrangement) -> Tensor:
         """The module's first equation with all sums written out, for a compiled network: (n_nodes, K, channels)."""
@@ -385,13 +395,13 @@ def _per_edge(constants: _Constants, nodes: _Nodes, radial: Tensor, h: Tensor, i
     return rows, r, h.index_select(0, nodes.senders).unsqueeze(1)
 
 
-def _paths(product: Any) -> tuple[list[_Paths], list[int]]:
-    """Paths by irrep of the features, and the number of components, 2 l3 + 1, of each block of the output."""
+def _paths(product: Any) -> list[_Paths]:
+    """Paths by irrep of the features."""
     n_y = int(product.irreps_in2.dim)
     blocks = [ir.dim for _, ir in product.irreps_out]
     starts = [sum(blocks[:i]) for i in range(len(blocks))]
     found = []
-    for i, (where, (_, ir)) in enumerate(zip(product.irreps_in1.slices(), product.irreps_in1, strict=True)):
+    for i, (_, ir) in enumerate(product.irreps_in1):
         mine = [(number, ins) for number, ins in enumerate(product.instructions) if ins.i_in1 == i]
         if not mine:
             continue
@@ -401,5 +411,5 @@ def _paths(product: Any) -> tuple[list[_Paths], list[int]]:
             w3j = o3.wigner_3j(ir.l, l2, l3, dtype=torch.float64)  # (a, b, k)
             k, b = starts[ins.i_out], product.irreps_in2.slices()[ins.i_in2]
             coupling[k : k + blocks[ins.i_out], b, column] = ins.path_weight * w3j.permute(2, 1, 0)
-        found.append(_Paths(where, ir.dim, [number for number, _ in mine], coupling.flatten(1)))
-    return found, blocks
+        found.append(_Paths(i, ir.dim, [number for number, _ in mine], coupling.flatten(1)))
+    return found

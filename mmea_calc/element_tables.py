@@ -35,6 +35,7 @@ class ElementTables:
         for linear, gate in layers:
             before = self._layers[-1] if self._layers else None
             self._layers.append(_Layer(linear, gate, before, gates))
+        self._before = [layer.linear.__dict__.get("forward") for layer in self._layers]
         for layer in self._layers:
             layer.linear.__dict__["forward"] = layer
 
@@ -44,9 +45,11 @@ class ElementTables:
         return {name: table for name, table in found.items() if table is not None}
 
     def remove(self) -> None:
-        """Back to the layers' own forward."""
-        for layer in self._layers:
+        """Back to what the layers' forward was before."""
+        for layer, before in zip(self._layers, self._before, strict=True):
             del layer.linear.__dict__["forward"]
+            if before is not None:
+                layer.linear.__dict__["forward"] = before
 
 
 class _Layer:
@@ -61,7 +64,7 @@ class _Layer:
         self._given: tuple[Tensor, int, Tensor] | None = None  # result, its version, rows
         self._seen: tuple[Tensor, int, Tensor | None] | None = None  # one-hot tensor, its version, rows
         self._kept: Tensor | None = None
-        self._kept_for: State = ()
+        self._kept_for = State()
 
     def __call__(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
         """As `o3.Linear`: (n_atoms, irreps_in.dim) -> (n_atoms, irreps_out.dim), gated."""
@@ -100,7 +103,7 @@ class _Layer:
         if any(t.is_inference() for t in tensors):
             return None
         source = None if self.before is None else self.before._kept
-        state = (source, *self._settings(), *state_of(tensors))
+        state = state_of(tensors, source, *self._settings())
         if not same_state(state, self._kept_for):
             like = self.linear.weight
             with torch.no_grad():

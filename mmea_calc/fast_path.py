@@ -5,6 +5,7 @@
 | symmetric contraction | `contraction` | products with the zeros of the coupling tensors |
 | convolution | `convolution` | tensor products per edge, and the memory of every edge's message |
 | self-connections, in compiled networks | `self_connection` | products with the elements that an atom is not |
+| linear layers, in compiled networks | `piecewise` | taking features apart, and the gradients of that |
 
 They replace a `forward` on the given network's own modules. They read the parameters that are there, so adapters and
 changes of weights are seen, and they can be taken off again.
@@ -18,6 +19,7 @@ from torch import nn
 
 from .contraction import remove_table_contraction, use_table_contraction
 from .convolution import remove_fast_convolution, use_fast_convolution
+from .piecewise import remove_pieces, use_pieces
 from .self_connection import remove_self_connections, use_self_connections
 
 
@@ -25,6 +27,7 @@ def use_fast_path(network: nn.Module) -> None:
     """Put `network` on the fast path; a part that it does not cover stays plain, with a warning that says which."""
     use_table_contraction(network)
     use_self_connections(network)
+    use_pieces(network)
     if kept := use_fast_convolution(network):
         listed = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         warnings.warn(f"some convolutions run in mace-torch's own, slower form: {listed}", stacklevel=2)
@@ -34,4 +37,5 @@ def remove_fast_path(network: nn.Module) -> None:
     """Back to mace-torch's own forms."""
     remove_table_contraction(network)
     remove_self_connections(network)
+    remove_pieces(network)
     remove_fast_convolution(network)

@@ -8,16 +8,22 @@ shift where there is one and zero elsewhere, and g, which is the gain where ther
 
 with nothing to take apart, to spread over the 2l+1 components of a channel, or to join. It is the same function: where
 nothing is to be done it adds 0 to 1 times y.
+
+In a compiled network operations cost nothing, and calls of a library of matrix products do, of which a gate would take
+four. There they are sums (`WrittenOut`) that the compiler joins with what stands before and after.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arrangement import stage
-from .gates import MagnitudeGate
+from .gates import MagnitudeGate, Packed
 from .tensor_state import State, same_state, state_of
 
 
@@ -36,18 +42,19 @@ class FrozenGate:
         self._stores: list[dict[str, nn.Parameter | None]] = [
             m._parameters for m in gate.modules() if isinstance(m, nn.Linear)
         ]
-        self._kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._kept_for: State = ()
+        self._written: WrittenOut
+        self._spread: Packed
+        self._kept_for = State()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As `MagnitudeGate`: x (..., irreps_in.dim), y (..., irreps_out.dim)."""
         gate = self.gate
         asked = gate.recording or gate._forward_pre_hooks or gate._forward_hooks or torch.is_inference_mode_enabled()
-        asked = asked or stage() is not None  # a compiled network counts no operations, and spread factors are gathered
-        constants = None if asked else self.constants()
-        if constants is None:
+        if asked or not self._renewed():
             return gate(x, y)
-        down, down_bias, heads, heads_bias = constants
+        if now := stage():
+            return gate.by_irrep(now, x, y, self._written)
+        down, down_bias, heads, heads_bias = self._spread
         z = F.linear(gate.scalars_of(x), down, down_bias)
         if gate.nonlinearity:
             z = F.silu(z)
@@ -56,31 +63,78 @@ class FrozenGate:
         s, g = F.linear(z, heads, heads_bias).chunk(2, dim=-1)
         return torch.addcmul(s, y, torch.exp(g) if gate.phi == "exp" else 1 + g)
 
-    def constants(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Weight and bias of the bottlenecks and of both heads, made anew when a value has changed; None: not now."""
+    def constants(self) -> dict[str, Tensor]:
+        """Name -> the weights that a compiled network computes with, as they are now."""
+        return self._written._asdict() if self._renewed() else {}
+
+    def _renewed(self) -> bool:
+        """Have all weights as they are now; False where that cannot be told."""
         tensors: list[Tensor] = [t for store in self._stores for t in store.values() if t is not None]
         if any(t.is_inference() for t in tensors):
-            return None
+            return False
         state = state_of(tensors)
         if not same_state(state, self._kept_for):
             with torch.no_grad():
-                self._kept = self._made()
+                packed = Packed(*(t.detach() for t in self.gate.packed()))
+                self._written, self._spread = WrittenOut.of(packed), self._spread_out(packed)
             self._kept_for = state
-        return self._kept
+        return True
 
-    def _made(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _spread_out(self, packed: Packed) -> Packed:
+        """Heads with two rows for every component of y."""
         gate = self.gate
-        downs = [gate.down] if gate.gain_down is None else [gate.down, gate.gain_down]
-        down, down_bias = (torch.cat([getattr(d, key) for d in downs]) for key in ("weight", "bias"))
-        n_y, width = sum(run.width for run in gate.runs), down.shape[0]
-        heads, bias = down.new_zeros(2, n_y, width), down.new_zeros(2, n_y)
+        n_shifts = gate.shift.out_features if gate.shift is not None else 0
         kinds = [run.kind for run in gate.runs for _ in range(run.width)]
-        for number, (kind, head) in enumerate((("shift", gate.shift), ("gain", gate.gain))):
-            if head is None:
-                continue
-            rows = torch.tensor([i for i, k in enumerate(kinds) if k == kind], device=down.device)
-            seen = slice(0, gate.rank) if number == 0 else slice(width - gate.rank, width)
-            source = slice(None) if number == 0 else gate.factor_of
-            heads[number, rows, seen] = head.weight[source]
-            bias[number, rows] = head.bias[source]
-        return down, down_bias, heads.flatten(0, 1), bias.flatten()
+        heads, bias = (
+            packed.heads.new_zeros(2, len(kinds), packed.heads.shape[1]),
+            packed.heads.new_zeros(2, len(kinds)),
+        )
+        of_shift = torch.arange(n_shifts, device=heads.device)
+        for number, (kind, source) in enumerate((("shift", of_shift), ("gain", n_shifts + gate.factor_of))):
+            rows = torch.tensor([i for i, k in enumerate(kinds) if k == kind], device=heads.device, dtype=torch.int64)
+            heads[number, rows], bias[number, rows] = packed.heads[source], packed.heads_bias[source]
+        return Packed(packed.down, packed.down_bias, heads.flatten(0, 1), bias.flatten())
+
+
+class WrittenOut(NamedTuple):
+    """The two layers of a gate (`gates.Layers`) with their products as sums, and no gradient for their weights.
+
+    Attributes:
+        down, down_bias: (width of z, m0), (width of z,).
+        heads, heads_bias: (k0 + k1, width of z), (k0 + k1,).
+        up, from_heads: `down` and `heads` transposed. A sum and its gradient run over different sides of a matrix, and
+            what is not summed over must lie side by side to be computed side by side.
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    heads: Tensor
+    heads_bias: Tensor
+    up: Tensor
+    from_heads: Tensor
+
+    @classmethod
+    def of(cls, packed: Packed) -> WrittenOut:
+        return cls(*packed, packed.down.T.contiguous(), packed.heads.T.contiguous())
+
+    def bottleneck(self, h0: Tensor) -> Tensor:
+        return _Sum.apply(h0, self.up, self.down) + self.down_bias
+
+    def parts(self, z: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        size = list(sizes)
+        each = zip(self.from_heads.split(size, dim=1), self.heads.split(size), self.heads_bias.split(size), strict=True)
+        return [_Sum.apply(z, columns, rows) + bias for columns, rows, bias in each]
+
+
+class _Sum(torch.autograd.Function):
+    """x W for x (..., n) and W (n, m), given with its transpose (m, n): (..., m)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, transposed: Tensor) -> Tensor:
+        ctx.weights = w, transposed
+        return (x.unsqueeze(-1) * w).sum(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        w, transposed = ctx.weights
+        return _Sum.apply(grad, transposed, w), None, None

@@ -35,16 +35,17 @@ The paper's ablations are options:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._e3nn import o3
-from .arrangement import stage
-from .layer_shape import LayerShape, is_cue_linear, reason_unreadable
+from .arrangement import Stage, stage
+from .layer_shape import LayerShape, blocks, is_cue_linear, reason_unreadable
 
 Phi = Literal["exp", "residual"]
 Gains = Literal["channel", "order", "none"]
@@ -146,7 +147,12 @@ class MagnitudeGate(nn.Module):
         self.rank, self.phi, self.saturate, self.nonlinearity = rank, phi, saturate, nonlinearity
         shape = LayerShape.of(linear)
         self.scalars = _even_scalars(shape.irreps_in)
+        self.blocks = blocks(shape.irreps_in)
+        self.scalar_blocks = [i for i, (_, ir) in enumerate(shape.irreps_in.simplify()) if ir.l == 0 and ir.p == 1]
         self.irreps, self.components_first = _irreps(shape, shift, gains), shape.components_first
+        first_factors = {irrep.first: irrep.n_factors for irrep in self.irreps if irrep.kind == "gain"}
+        self.firsts = list(first_factors)
+        self.head_sizes = [*(i.mul for i in self.irreps if i.kind == "shift"), *first_factors.values()]
         self.runs, factor_of = _runs_of(self.irreps, shape.components_first)
         self.widths = {kind: [r.width for r in self.runs if r.kind == kind] for kind in ("shift", "gain")}
         m0 = sum(s.stop - s.start for s in self.scalars)
@@ -161,7 +167,9 @@ class MagnitudeGate(nn.Module):
             self.shift.weight.data.copy_(init_std * normal)
         self.gain = _linear(rank, k1, **like) if k1 else None
 
-        self.register_buffer("factor_of", torch.tensor(factor_of, device=like["device"]), persistent=False)
+        self.register_buffer(
+            "factor_of", torch.tensor(factor_of, dtype=torch.int64, device=like["device"]), persistent=False
+        )
         width = rank if self.gain_down is None else 2 * rank
         self.register_buffer("z_low", torch.full((width,), -torch.inf, **like))
         self.register_buffer("z_high", torch.full((width,), torch.inf, **like))
@@ -202,9 +210,7 @@ class MagnitudeGate(nn.Module):
         ask = z.device.type == "cpu" and stage() is None
         if ask and torch.equal(torch.clamp(z.detach(), self.z_low, self.z_high), z.detach()):
             return z
-        c = torch.clamp(z, self.z_low, self.z_high)
-        w = MARGIN * self._range_width()
-        return c + w * torch.tanh((z - c) / w)
+        return _LevelOff.apply(z, self.z_low, self.z_high, MARGIN * self._range_width())
 
     def _range_width(self) -> Tensor:
         return torch.clamp(self.z_high - self.z_low, min=MIN_RANGE_WIDTH)
@@ -233,26 +239,16 @@ class MagnitudeGate(nn.Module):
             x: input of the linear layer, (..., irreps_in.dim).
             y: output of the linear layer, (..., irreps_out.dim).
         """
-        z = self.bottleneck(x)
-        if self.recording:
-            flat = z.detach().reshape(-1, z.shape[-1])
-            if flat.shape[0]:
-                self.z_low.copy_(torch.minimum(self.z_low, flat.amin(0)))
-                self.z_high.copy_(torch.maximum(self.z_high, flat.amax(0)))
-        elif self.saturate and self.calibrated:
-            z = self.level_off(z)
+        if now := stage():
+            return self.by_irrep(now, x, y, self.packed())
+        z = self._bounded(self.bottleneck(x))
         z_shift, z_gain = (z, z) if self.gain_down is None else z.split(self.rank, dim=-1)
-        shift = self.shift(z_shift) if self.shift is not None else None  # eq. 4
-        gain = None
-        if self.gain is not None:  # eqs. 5, 6
-            g = self.gain(z_gain)
-            gain = torch.exp(g) if self.phi == "exp" else 1 + g
-        if stage() is not None:
-            return self._by_channel(y, shift, gain)
         # Few large operations: a gate's time on a small molecule is their number. `split` has a cheap gradient.
-        shifts = iter(() if shift is None else shift.split(self.widths["shift"], dim=-1))
-        factors = gain.index_select(-1, self.factor_of) if gain is not None else None
-        gains = iter(() if factors is None else factors.split(self.widths["gain"], dim=-1))
+        shifts = iter(() if self.shift is None else self.shift(z_shift).split(self.widths["shift"], dim=-1))  # eq. 4
+        gains: Iterator[Tensor] = iter(())
+        if self.gain is not None:
+            factors = self._phi(self.gain(z_gain)).index_select(-1, self.factor_of)
+            gains = iter(factors.split(self.widths["gain"], dim=-1))
         parts = []
         for run, piece in zip(self.runs, y.split([run.width for run in self.runs], dim=-1), strict=True):
             if run.kind == "shift":
@@ -262,25 +258,110 @@ class MagnitudeGate(nn.Module):
             parts.append(piece)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def _by_channel(self, y: Tensor, shift: Tensor | None, gain: Tensor | None) -> Tensor:
-        """The same for a compiled network, irrep by irrep: there operations cost nothing, and gathering does."""
-        parts, start, n_shifts = [], 0, 0
-        for irrep in self.irreps:
-            mul, dim = irrep.mul, irrep.dim
-            piece, start = y[..., start : start + mul * dim], start + mul * dim
+    def _phi(self, g: Tensor) -> Tensor:
+        return torch.exp(g) if self.phi == "exp" else 1 + g  # eqs. 5, 6
+
+    def _bounded(self, z: Tensor) -> Tensor:
+        """z as the heads see it; its range is recorded where that is asked for."""
+        if self.recording:
+            flat = z.detach().reshape(-1, z.shape[-1])
+            if flat.shape[0]:
+                self.z_low.copy_(torch.minimum(self.z_low, flat.amin(0)))
+                self.z_high.copy_(torch.maximum(self.z_high, flat.amax(0)))
+        elif self.saturate and self.calibrated:
+            return self.level_off(z)
+        return z
+
+    def packed(self) -> Packed:
+        """All weights as two layers."""
+        down, heads = [self.down], [head for head in (self.shift, self.gain) if head is not None]
+        weights = [head.weight for head in heads]
+        if self.gain_down is not None:  # then there are two heads, and each sees a bottleneck of its own
+            down.append(self.gain_down)
+            weights = [F.pad(weights[0], (0, self.rank)), F.pad(weights[1], (self.rank, 0))]
+        return Packed(
+            _stacked([layer.weight for layer in down]),
+            _stacked([layer.bias for layer in down]),
+            _stacked(weights),
+            _stacked([head.bias for head in heads]),
+        )
+
+    def by_irrep(self, now: Stage, x: Tensor, y: Tensor, layers: Layers) -> Tensor:
+        """`forward` for a compiled network, where operations cost nothing and large pieces do: irrep by irrep."""
+        pieces = now.split(x, self.blocks)
+        h0 = _stacked([pieces[i] for i in self.scalar_blocks], dim=-1)
+        z = layers.bottleneck(h0)
+        z = self._bounded(F.silu(z) if self.nonlinearity else z)
+        heads = iter(layers.parts(z, self.head_sizes))
+        shifts = [next(heads) for irrep in self.irreps if irrep.kind == "shift"]
+        gains = {first: self._phi(next(heads)) for first in self.firsts}
+        axis = -2 if self.components_first else -1
+        found = []
+        for irrep, piece in zip(self.irreps, now.split(y, [i.mul * i.dim for i in self.irreps]), strict=True):
             if irrep.kind == "shift":
-                assert shift is not None
-                piece, n_shifts = piece + shift[..., n_shifts : n_shifts + mul], n_shifts + mul
+                piece = piece + shifts.pop(0)
             elif irrep.kind == "gain":
-                assert gain is not None
-                factors = gain[..., irrep.first : irrep.first + irrep.n_factors]
-                shape, axis = ((dim, mul), -2) if self.components_first else ((mul, dim), -1)
-                piece = (piece.unflatten(-1, shape) * factors.unsqueeze(axis)).flatten(-2)
-            parts.append(piece)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+                size = (irrep.dim, irrep.mul) if self.components_first else (irrep.mul, irrep.dim)
+                piece = (piece.unflatten(-1, size) * gains[irrep.first].unsqueeze(axis)).flatten(-2)
+            found.append(piece)
+        return now.join(found)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, phi={self.phi}, saturate={self.saturate}, calibrated={self.calibrated}"
+
+
+class Layers(Protocol):
+    """The weights of a gate as two layers: h0 -> z and z -> (g0, g)."""
+
+    def bottleneck(self, h0: Tensor) -> Tensor:
+        """(..., m0) -> (..., width of z), before it is bent."""
+
+    def parts(self, z: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """(..., width of z) -> g0 and g, in parts of these sizes."""
+
+
+class _LevelOff(torch.autograd.Function):
+    """The last equation of this module. Its derivative is 1 - tanh((z - c) / w)^2, inside the range and outside.
+
+    torch's own would keep the hyperbolic tangent, and a compiler would then make the rest of this anew for every output
+    of the heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, low: Tensor, high: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(z, low, high, w)
+        c = torch.clamp(z, low, high)
+        return c + w * torch.tanh((z - c) / w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        z, low, high, w = ctx.saved_tensors
+        t = torch.tanh((z - torch.clamp(z, low, high)) / w)
+        return grad * (1 - t * t), None, None, None
+
+
+class Packed(NamedTuple):
+    """`Layers` as plain products.
+
+    Attributes:
+        down, down_bias: (width of z, m0), (width of z,).
+        heads, heads_bias: (k0 + k1, width of z), (k0 + k1,).
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    heads: Tensor
+    heads_bias: Tensor
+
+    def bottleneck(self, h0: Tensor) -> Tensor:
+        return F.linear(h0, self.down, self.down_bias)
+
+    def parts(self, z: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        return F.linear(z, self.heads, self.heads_bias).split(list(sizes), dim=-1)
+
+
+def _stacked(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
 @dataclass(frozen=True)

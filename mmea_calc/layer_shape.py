@@ -40,6 +40,11 @@ class LayerShape:
         return cls(layer.irreps_in1 if isinstance(layer, o3.TensorProduct) else layer.irreps_in, layer.irreps_out)
 
 
+def blocks(irreps: o3.Irreps) -> list[int]:
+    """Components of each piece of features: neighbours of the same irrep are one piece."""
+    return [mul * ir.dim for mul, ir in irreps.simplify()]
+
+
 def is_cue_linear(module: object) -> bool:
     """Whether `module` is a linear layer of cuEquivariance."""
     known = getattr(sys.modules.get("cuequivariance_torch"), "Linear", None)

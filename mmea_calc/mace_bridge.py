@@ -367,6 +367,12 @@ def interaction_blocks(network: nn.Module) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in network.named_modules() if _is_instance(module, where, name)]
 
 
+def reshapes(network: nn.Module) -> list[Any]:
+    """Modules that stand the irreps of features, all with the same channels, beside each other for a contraction."""
+    found = [m for m in network.modules() if _is_instance(m, "mace.modules.irreps_tools", "reshape_irreps")]
+    return [m for m in found if getattr(m, "cueq_config", None) is None]
+
+
 def element_layers(network: nn.Module) -> list[str]:
     """Paths of the linear layers of a MACE network that see nothing but an atom's element, in the order of their calls.
 

@@ -25,7 +25,7 @@ from .errors import CompilationError, first_line
 from .mace_bridge import quiet
 from .tracing import Traced, place_of
 
-PROGRAM_VERSION = 2
+PROGRAM_VERSION = 3
 
 
 def program_folder() -> Path:

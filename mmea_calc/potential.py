@@ -60,7 +60,8 @@ class Potential:
         self.adapter: Adapter | None = None
         self._own_energies: dict[int, float] = dict(backbone.atomic_energies)
         self._adapter_energies: dict[int, float] | None = None
-        self._table: Tensor | None = None
+        self._table: tuple[dict[int, float], Tensor] | None = None
+        self._references: tuple[dict[int, float], Tensor, Tensor, Tensor, Tensor] | None = None
         self._programs = Programs(backbone)
 
     # -- adapters ------------------------------------------------------------------------------------------------
@@ -98,14 +99,14 @@ class Potential:
         """Within this context: the bare backbone with its own reference energies."""
         energies = self._adapter_energies
         try:
-            self._adapter_energies, self._table = None, None
+            self._adapter_energies = None
             if self.adapter is None:
                 yield
             else:
                 with self.adapter.disabled():
                     yield
         finally:
-            self._adapter_energies, self._table = energies, None
+            self._adapter_energies = energies
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -126,14 +127,13 @@ class Potential:
 
     @reference_energies.setter
     def reference_energies(self, energies: dict[int, float]) -> None:
-        self._adapter_energies, self._table = dict(energies), None
+        self._adapter_energies = dict(energies)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def reference_energy_of(self, batch: Batch) -> Tensor:
         """Sum of the reference energies of each structure's atoms, (n_graphs,), eV, float64."""
-        zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
-        return zero.index_add(0, batch.tensors["batch"], self._reference_table()[batch.numbers])
+        return self._references_of(batch)[1]
 
     @property
     def device(self) -> torch.device:
@@ -208,23 +208,23 @@ class Potential:
         network = self.backbone.network
         tensors = [t for _, t in named_tensors(network)]
         asked = None if self.adapter is None else self.adapter.situation()
-        return (*state_of(tensors), (self.adapter, self.backbone.head, asked, sorted(self.reference_energies.items())))
+        return state_of(tensors, self.adapter, self.backbone.head, asked, self.reference_energies.copy())
 
     def found_plainly(self, batch: Batch, *, stress: bool) -> Found:
         """What a program is to give, from the network itself."""
         prediction = self._predict_plainly(batch, forces=True, stress=stress, training=False)
         assert prediction.forces is not None
-        own = prediction.node_energy - self._reference_table()[batch.numbers]
+        own = prediction.node_energy - self._references_of(batch)[0]
         return Found(own, prediction.forces, prediction.stress)
 
     def totalled(self, batch: Batch, found: Found) -> Prediction:
         """What was found for a batch, with sums over structures and reference energies."""
-        per_atom = self._reference_table()[batch.numbers]
+        per_atom, per_structure = self._references_of(batch)
         own = found.node_energy.double()
         zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
         interaction = zero.index_add(0, batch.tensors["batch"], own)
         return Prediction(
-            energy=interaction + self.reference_energy_of(batch),
+            energy=interaction + per_structure,
             interaction_energy=interaction.to(self.dtype),
             node_energy=per_atom + own,
             forces=found.forces,
@@ -240,7 +240,7 @@ class Potential:
                 tensors, training=training, compute_force=forces or stress, compute_stress=stress
             )
         interaction = output["energy"]
-        per_atom = self._reference_table()[batch.numbers]
+        per_atom, per_structure = self._references_of(batch)
 
         def result(tensor: Tensor | None, wanted: bool) -> Tensor | None:
             if tensor is None or not wanted:
@@ -249,7 +249,7 @@ class Potential:
 
         interaction = interaction if training else interaction.detach()
         return Prediction(
-            energy=self.reference_energy_of(batch) + interaction.double(),
+            energy=per_structure + interaction.double(),
             interaction_energy=interaction,
             node_energy=per_atom + output["node_energy"].detach().double(),
             forces=result(output["forces"], forces),
@@ -269,10 +269,24 @@ class Potential:
                 all_forces += prediction.forces.double().cpu().split([g.n_atoms for g in some])
         return torch.cat(energies) if energies else torch.zeros(0, dtype=torch.float64), all_forces
 
+    def _references_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Reference energies of the atoms (n_atoms,) and of the structures (n_graphs,), eV, float64.
+
+        Kept for the batch seen last: in dynamics it is the same one at every step, with other positions.
+        """
+        energies, kept = self.reference_energies, self._references
+        numbers, owner = batch.numbers, batch.tensors["batch"]
+        if kept is None or kept[0] is not energies or kept[1] is not numbers or kept[2] is not owner:
+            per_atom = self._reference_table()[numbers]
+            zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
+            self._references = kept = (energies, numbers, owner, per_atom, zero.index_add(0, owner, per_atom))
+        return kept[3], kept[4]
+
     def _reference_table(self) -> Tensor:
-        if self._table is None or self._table.device != self.device:
+        """By atomic number."""
+        energies, kept = self.reference_energies, self._table
+        if kept is None or kept[0] is not energies or kept[1].device != self.device:
             table = torch.zeros(120, dtype=torch.float64)
-            for number, energy in self.reference_energies.items():
-                table[number] = energy
-            self._table = table.to(self.device)
-        return self._table
+            table[list(energies)] = torch.tensor(list(energies.values()), dtype=torch.float64)
+            self._table = kept = (energies, table.to(self.device))
+        return kept[1]

@@ -55,7 +55,7 @@ class RecordedCall:
         self._seen: Atoms | None = None
         self._list: _List | None = None
         self._tensors: _Fixed | None = None
-        self._values: State = ()
+        self._values = State()
         self._proven = False
 
     def predict(self, atoms: Atoms, *, stress: bool) -> Prediction | None:

@@ -56,7 +56,7 @@ def _covered(product: Any) -> bool:
 class _Order:
     """One order of the product."""
 
-    incoming: slice
+    incoming: int  # among the irreps of the features
     dim: int  # 2 l + 1
     weights: slice
     shape: tuple[int, int, int]  # channels, elements, outgoing channels
@@ -73,6 +73,7 @@ class SelfConnection:
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
+        self.sizes = [mul * ir.dim for mul, ir in stock.irreps_in1]
         self.orders: list[_Order] = []
         start = 0
         for ins in stock.instructions:
@@ -81,7 +82,7 @@ class SelfConnection:
             coupling = float(o3.wigner_3j(ir.l, 0, ir.l, dtype=torch.float64)[0, 0, 0])
             self.orders.append(
                 _Order(
-                    incoming=stock.irreps_in1.slices()[ins.i_in1],
+                    incoming=ins.i_in1,
                     dim=ir.dim,
                     weights=slice(start, start + size),
                     shape=tuple(ins.path_shape),
@@ -98,13 +99,14 @@ class SelfConnection:
             return type(self.stock).forward(self.stock, x, y, weight)
         at, present = now.arrangement.atoms, now.arrangement.present
         own, found = self.stock.weight, {}
+        pieces = now.split(x, self.sizes)
         for order in self.orders:
             matrices = order.factor * own[order.weights].view(order.shape).transpose(0, 1).index_select(0, present)
-            mine = at.gather(x[:, order.incoming]).unflatten(-1, (order.shape[0], order.dim))
+            mine = at.gather(pieces[order.incoming]).unflatten(-1, (order.shape[0], order.dim))
             rows = mine.transpose(2, 3).flatten(1, 2)  # (elements, atoms of each * (2 l + 1), channels)
             out = torch.bmm(rows, matrices).unflatten(1, (-1, order.dim)).transpose(2, 3)
             found[order.place] = at.scatter(out.flatten(2))
-        return torch.cat([found[place] for place in sorted(found)], dim=1)
+        return now.join([found[place] for place in sorted(found)])
 
 
 __all__ = ["SelfConnection", "remove_self_connections", "use_self_connections"]

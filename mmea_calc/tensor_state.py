@@ -7,21 +7,42 @@ version by design, do. Tensors of inference mode have no version.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from operator import attrgetter, is_
+from typing import NamedTuple
 
 from torch import Tensor
 
-State = tuple[object, ...]
+_versions_of = attrgetter("_version")
 
 
-def state_of(tensors: Iterable[Tensor]) -> State:
+class State(NamedTuple):
     """What `same_state` compares. It holds the tensors themselves, so that no id is used again."""
-    return tuple((t, t._version, t.data_ptr()) for t in tensors)
+
+    tensors: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+    addresses: tuple[int, ...] = ()
+    settings: tuple[object, ...] = ()
 
 
-def same_state(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether two states are of the same tensors, unchanged; other objects among them must be identical."""
-    return len(one) == len(other) and all(
-        a[0] is b[0] and a[1:] == b[1:] if isinstance(a, tuple) and isinstance(b, tuple) else a is b
-        for a, b in zip(one, other, strict=True)
+def state_of(tensors: Iterable[Tensor], *settings: object) -> State:
+    """Tensors as they are, and settings that their use depends on. Asked for at every call of a network: no loops."""
+    all_of_them = tuple(tensors)
+    versions, addresses = tuple(map(_versions_of, all_of_them)), tuple(map(Tensor.data_ptr, all_of_them))
+    return State(all_of_them, versions, addresses, settings)
+
+
+def same_state(one: State, other: State) -> bool:
+    """Whether two states are of the same tensors, unchanged, and of equal settings (tensors among them: the same)."""
+    return (
+        len(one.tensors) == len(other.tensors)
+        and all(map(is_, one.tensors, other.tensors))
+        and one.versions == other.versions
+        and one.addresses == other.addresses
+        and len(one.settings) == len(other.settings)
+        and all(map(_same_setting, one.settings, other.settings))
     )
+
+
+def _same_setting(one: object, other: object) -> bool:
+    return one is other or (not isinstance(one, Tensor) and one == other)

@@ -52,7 +52,7 @@ class Blocks:
         self.usable = not simulation.config.heating_K_per_ps  # bounds and bath change from step to step then
         self.n_taken = 0
         self._kept: dict[int, _Steps] = {}
-        self._values: Values = ()
+        self._values = Values()
         self._proven = False
         self._wait, self._patience = 0, 0
 
