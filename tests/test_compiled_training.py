@@ -15,8 +15,8 @@ from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
 from ase.build import molecule
 from test_finetuning import QUICK, SMALL, dataset, tiny_backbone
-from test_full_table import Watching
 from torch import Tensor
+from waiting import watched_recording
 
 from conftest import batch_of, crystal, ethanol, network_config, random_network, randomise, small_backbone_around
 from mmea_calc import compiled_training, finetune, machine_code, read_adapter
@@ -34,7 +34,7 @@ from mmea_calc.loss import LossWeights, collect_labels, loss_of
 from mmea_calc.mace_networks import repeat_to_the_bit
 from mmea_calc.methods import METHODS
 from mmea_calc.potential import Potential
-from mmea_calc.recorded import Recording, Recordings
+from mmea_calc.recorded import Recordings
 from mmea_calc.tracing import Inputs, contraction_forms, loss_evaluator, trace_loss
 
 CONFIG = TrainConfig(huber_delta=0.3)
@@ -223,16 +223,7 @@ def test_a_recorded_gradient_is_the_networks_for_every_method(method: str) -> No
 
 
 def test_nothing_in_a_recorded_gradient_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[set[str]] = []
-
-    class Watched(Recording[Any]):
-        def __call__(self) -> Any:
-            super().__call__()  # what is made once is made before the recording
-            with Watching() as watching:
-                result = super().__call__()
-            found.append(watching.found)
-            return result
-
+    Watched, found = watched_recording()
     monkeypatch.setattr("mmea_calc.recorded.Recording", Watched)
     potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
     gradient = recorded(potential, adapter)

@@ -8,7 +8,7 @@ from architectures import ARCHITECTURES
 from ase import Atoms
 from ase.build import molecule
 from test_compiled import adapted, assert_the_same
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import Watching
 
 from conftest import batch_of, crystal, ethanol
 from mmea_calc.arrangement import arrange_elements
@@ -90,35 +90,6 @@ def test_a_network_in_which_far_pairs_weigh_something_shows() -> None:
         inputs, batch = inputs_of(network, SETS["molecule"])
         with pytest.raises(AssertionError, match="not close"):
             assert_the_same(evaluator(network, inputs, 0)(*inputs.tensors()), batch, network, 1e-12)
-
-
-class Watching(TorchDispatchMode):
-    """Which operations wait for the device, or bring something from the host."""
-
-    WAIT = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "bincount",
-        "lift_fresh",
-        "is_nonzero",
-        "equal",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.overloadpacket.__name__
-        if any(name.startswith((word, "_" + word)) for word in self.WAIT):
-            self.found.add(name)
-        if name in ("index", "index_put", "index_put_") and any(
-            t is not None and t.dtype == torch.bool for t in args[1]
-        ):
-            self.found.add(f"{name} with a mask")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from small_adapter import ENERGIES, trained
-from test_full_table import Watching
+from waiting import watched_recording
 
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
@@ -197,18 +197,7 @@ def test_many_edges_are_not_worth_a_block(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_nothing_in_a_recorded_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched: list[set[str]] = []
-
-    class Watched(Recording[None]):
-        def __init__(self, function: Callable[[], None], device: torch.device) -> None:
-            super().__init__(function, device)
-            function()  # as before a recording: what is made once is made here
-
-        def __call__(self) -> None:
-            with Watching() as watching:
-                super().__call__()
-            watched.append(watching.found)
-
+    Watched, watched = watched_recording()
     monkeypatch.setattr("mmea_calc.md.blocks.Recording", Watched)
     row = simulate((ethanol(), crystal()), 16, blocks=True)
     assert row.blocks is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +11,13 @@ from ase import Atoms, units
 from ase.build import molecule
 from ase.md.verlet import VelocityVerlet
 from small_adapter import adapter, backbone_path
-from test_full_table import Watching
 from test_md_blocks import carbon, potential
+from waiting import watched_recording
 
 from conftest import crystal, ethanol
 from mmea_calc import MMEACalculator
 from mmea_calc.errors import DataError
 from mmea_calc.potential import Potential, Prediction
-from mmea_calc.recorded import Recording
 from mmea_calc.recorded_call import RecordedCall
 
 STRUCTURES = {"molecule": ethanol, "crystal": crystal, "list": carbon}
@@ -132,16 +130,7 @@ def test_a_network_that_does_not_end_at_its_cutoff_is_found_out() -> None:
 
 
 def test_nothing_in_a_recorded_call_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[set[str]] = []
-
-    class Watched(Recording[Any]):
-        def __call__(self) -> Any:
-            super().__call__()  # what is made once is made before the recording
-            with Watching() as watching:
-                result = super().__call__()
-            found.append(watching.found)
-            return result
-
+    Watched, found = watched_recording()
     monkeypatch.setattr("mmea_calc.recorded_call.Recording", Watched)
     call, atoms = RecordedCall(potential()), crystal()
     for _ in range(3):
