@@ -83,6 +83,9 @@ class Backbone:
     notes: str | None = None
     trust_note: str | None = field(default=None, repr=False)
     fast: bool = True
+    _where: tuple[dict[str, nn.Parameter | None], str] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     def head_index(self) -> int:
@@ -92,12 +95,27 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return next(self.network.parameters()).device
+        return self._a_parameter().device
 
     @property
     def dtype(self) -> torch.dtype:
         """The network's precision."""
-        return next(self.network.parameters()).dtype
+        return self._a_parameter().dtype
+
+    def _a_parameter(self) -> nn.Parameter:
+        """Found where it was found before: every call asks several times, and to go through the modules takes long."""
+        found = None if self._where is None else self._where[0].get(self._where[1])
+        if found is None:
+            places = (
+                (m._parameters, key)
+                for m in self.network.modules()
+                for key, p in m._parameters.items()
+                if p is not None
+            )
+            self._where = next(places)
+            found = self._where[0][self._where[1]]
+            assert found is not None
+        return found
 
     @property
     def n_parameters(self) -> int:

@@ -221,9 +221,7 @@ class MMEACalculator(Calculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation; ASE asks this before every other question."""
-        if not isinstance(atoms, Atoms):
-            raise DataError(f"expected a structure as ase.Atoms, got {type(atoms).__name__}")
-        return super().check_state(atoms, tol)
+        return super().check_state(_checked(atoms), tol)
 
     def calculate(
         self,
@@ -238,8 +236,7 @@ class MMEACalculator(Calculator):
             PropertyNotImplementedError: a stress is asked for that this structure does not have.
             AdapterError: something else has changed the adapter on the backbone.
         """
-        structure: Any = self.atoms if atoms is None else atoms
-        self.check_state(structure)
+        structure: Any = _checked(self.atoms if atoms is None else atoms)
         why_no_stress = self._why_no_stress(structure)
         if why_no_stress and "stress" in properties:
             raise PropertyNotImplementedError(why_no_stress)
@@ -361,6 +358,12 @@ class MMEACalculator(Calculator):
             "adapters": list(self.active_adapters),
             "dtype": str(self.potential.dtype).removeprefix("torch."),
         }
+
+
+def _checked(atoms: object) -> Atoms:
+    if not isinstance(atoms, Atoms):
+        raise DataError(f"expected a structure as ase.Atoms, got {type(atoms).__name__}")
+    return atoms
 
 
 def _results_of(prediction: Prediction) -> Results:

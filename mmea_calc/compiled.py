@@ -88,7 +88,7 @@ class CompiledNetwork:
         self._program = Program(path, next(network.parameters()).device)
         self._forms = contraction_forms(network)
         # A module keeps its dictionaries for life, while a change of precision replaces the buffers in them.
-        self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers)]
+        self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers) if store]
         self._values: list[Tensor] = []
         self._values_for = State()
         self._elements: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor]] | None = None
@@ -117,7 +117,7 @@ class CompiledNetwork:
         return lambda *inputs: program(list(inputs), values)
 
     def _renew(self) -> None:
-        state = state_of(t for store in self._stores for t in store.values() if t is not None)
+        state = state_of([t for store in self._stores for t in store.values() if t is not None])
         if not same_state(state, self._values_for):
             self._values_for = state
             self._values = self._program.values(_sources(self.network, self.adapter))
@@ -239,9 +239,8 @@ def _path(backbone: Backbone, stress: bool) -> Path:
 
 def _situation(backbone: Backbone, adapter: Adapter | None, stress: bool) -> tuple[object, ...]:
     """Changes whenever `form_of` may: quick to ask, at every call."""
-    parameter = next(backbone.network.parameters())
     asked = None if adapter is None else adapter.situation()
-    return stress, backbone.head, parameter.dtype, parameter.device, asked
+    return stress, backbone.head, backbone.dtype, backbone.device, asked
 
 
 def disagreement(one: Found, other: Found) -> tuple[float, float]:
