@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import batch_of, ethanol
 from mmea_calc._e3nn import o3
+from mmea_calc.arrangement import Stage, arrange, arranged
 from mmea_calc.frozen_gates import FrozenGate
 from mmea_calc.gates import MagnitudeGate
 
@@ -77,6 +79,31 @@ def test_results_and_gradients_are_the_gates(irreps: tuple[str, str], options: d
 
 def gradients(result: Tensor, weight: Tensor, *inputs: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(result, inputs, weight, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+@pytest.mark.parametrize(("irreps", "options"), cases())
+def test_the_forms_of_compiled_networks_are_the_gate(
+    irreps: tuple[str, str], options: dict[str, Any], factor: float
+) -> None:
+    """With its weights trained and frozen: results, their gradients, and the gradients of those."""
+    gate, x, y = random_gate(*irreps, **options)
+    one, other = (factor * x).requires_grad_(), y.requires_grad_()
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=F64)
+    parameters = list(gate.parameters())
+
+    def derivatives(result: Tensor, *weights: Tensor) -> list[Tensor]:
+        inputs = (one, other, *weights)
+        first = torch.autograd.grad(
+            (result * weight).sum(), inputs, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return [result, *first, *gradients(first[0], torch.ones_like(one), *inputs)]
+
+    with arranged(Stage(arrange(batch_of(ethanol()).tensors), {})):
+        trained, frozen = gate(one, other), FrozenGate(gate)(one, other)
+    for found, weights in ((trained, parameters), (frozen, [])):
+        expected = derivatives(gate(one, other), *weights)
+        torch.testing.assert_close(derivatives(found, *weights), expected, atol=1e-11, rtol=1e-11)
 
 
 def test_second_derivatives_are_right() -> None:
