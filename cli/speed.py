@@ -29,7 +29,9 @@ def speed(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A picture of time against size (.png, .pdf, .svg).")
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Measure compiled networks.")] = True,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile first what is not compiled yet.")
+    ] = True,
 ) -> None:
     """Measure calls, replicas, periodic systems, training steps and memory against mace-torch, in one run.
 

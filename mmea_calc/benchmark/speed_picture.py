@@ -30,8 +30,10 @@ def draw_speed(measured: Measured, path: str | Path) -> Path:
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         plain_log_scale(panel)
-    finish_panel(left, x="atoms, periodic (diamond)", y="time per call, s")
-    finish_panel(right, x="replicas of aspirin in one batch", y="steps per second, all replicas")
+    finish_panel(left, x="atoms, periodic (diamond)", y="time per call, s", legend=False)
+    finish_panel(right, x="replicas of aspirin in one batch", y="steps per second, all replicas", legend=False)
+    handles, names = (left if atoms else right).get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     right.set_title("mace-torch: one calculator, one after the other", fontsize=8)
     return save_figure(figure, Path(path))
 
