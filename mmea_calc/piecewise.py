@@ -69,21 +69,23 @@ def _outputs(linear: Any) -> list[_Output] | None:
     if not linear.internal_weights or linear.weight.dim() != 1 or linear.bias.numel():
         return None
     irreps_in, irreps_out = linear.irreps_in, linear.irreps_out
+    if any(mul == 0 for mul, _ in (*irreps_in, *irreps_out)):
+        return None
     piece_of = _piece_of(irreps_in)
-    ends = list(accumulate(prod(ins.path_shape) for ins in linear.instructions))
+    ends = list(accumulate(prod(path.path_shape) for path in linear.instructions))
     found = []
     for i_out, (mul, ir) in enumerate(irreps_out):
-        mine = [i for i, ins in enumerate(linear.instructions) if ins.i_out == i_out]
-        ins = [linear.instructions[i] for i in mine]
-        if not mine or mul == 0 or mine != list(range(mine[0], mine[-1] + 1)) or len({i.path_weight for i in ins}) > 1:
+        mine = [i for i, path in enumerate(linear.instructions) if path.i_out == i_out]
+        paths = [linear.instructions[i] for i in mine]
+        if not mine or mine != list(range(mine[0], mine[-1] + 1)) or len({p.path_weight for p in paths}) > 1:
             return None
-        pieces = {piece_of[i.i_in] for i in ins}
+        pieces = {piece_of[p.i_in] for p in paths}
         piece = min(pieces)
-        if len(pieces) > 1 or [i.i_in for i in ins] != [i for i, p in enumerate(piece_of) if p == piece]:
+        if len(pieces) > 1 or [p.i_in for p in paths] != [i for i, number in enumerate(piece_of) if number == piece]:
             return None
-        channels = sum(i.path_shape[0] for i in ins)
+        channels = sum(p.path_shape[0] for p in paths)
         weights = slice(ends[mine[-1]] - channels * mul, ends[mine[-1]])
-        found.append(_Output(piece, ir.dim, weights, (channels, mul), ins[0].path_weight))
+        found.append(_Output(piece, ir.dim, weights, (channels, mul), paths[0].path_weight))
     return found
 
 

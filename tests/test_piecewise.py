@@ -67,6 +67,7 @@ def test_values_and_derivatives_are_those_of_the_layer(irreps_in: str, irreps_ou
         ("4x0e+3x1o+4x0e", "2x0e+3x1o", {}),  # one irrep in two pieces
         ("4x0e+4x0e+3x1o", "2x0e+2x0e+3x1o", {}),  # weights of an output are not side by side
         ("4x0e", "2x0e+3x1o", {}),  # an output from nothing
+        ("0x0e+4x1o", "3x1o", {}),  # an input of no channels
         ("4x0e+3x1o", "2x0e+3x1o", dict(internal_weights=False, shared_weights=False)),
     ],
 )
