@@ -114,7 +114,7 @@ class SpeedConfig:
         backbone: name or path; "paper-shape" is a network of MACE-OFF23-medium's shape with random weights.
         adapter: a file; None makes one of the default method with small random values.
         device, dtype: where and how precisely.
-        compile: use compiled programs, and make them first where there are none.
+        compile: make programs first where there are none, of training steps too; False: calls use those that are there.
         replicas: sizes of batches of aspirin.
         atoms: sizes of a periodic system (diamond).
         calls: how often the small ones are repeated.
