@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ase.data import atomic_numbers
+from ase import Atoms
+from ase.data import atomic_numbers, covalent_radii
 from ase.formula import Formula
 
-from mmea_calc.backbone import load_backbone, save_backbone
+from mmea_calc.backbone import Backbone, load_backbone, save_backbone
 from mmea_calc.errors import BackboneError, DataError, MMEAError, TrainingError
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain import choose, label
@@ -105,6 +106,42 @@ def test_stopped_run_resumes_to_the_same_bits(few: Path, tmp_path: Path, whole_r
     assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == 2
     path = pretrain(**arguments, settings=SHORT, resume=True)
     assert load_backbone(path).fingerprint == load_backbone(whole_run).fingerprint
+
+
+def test_pair_repulsion_is_added_to_the_networks_energy(few: Path, tmp_path: Path) -> None:
+    """By ZBL within the sum of the covalent radii: 1.52 A for two C, 0.96 A for O and H."""
+    made = load_backbone(
+        pretrain(data=few, out=tmp_path, name="z", start="mmea-organic-s", settings=settings(steps=0, zbl=True))
+    )
+    assert made.config["pair_repulsion"] is True
+    assert made.config["start"]["fingerprint"] == load_backbone("mmea-organic-s").fingerprint
+
+    def energies(backbone: Backbone) -> dict[float, float]:
+        potential = Potential(backbone)
+        graphs = [potential.graph(Atoms("C2", [(0, 0, 0), (0, 0, r)])) for r in (0.5, 1.0, 1.5, 1.53, 2.0)]
+        return dict(zip((0.5, 1.0, 1.5, 1.53, 2.0), potential.predict_graphs(graphs)[0].tolist(), strict=True))
+
+    before, after = energies(load_backbone("mmea-organic-s")), energies(made)
+
+    def zbl(r: float) -> float:
+        """Universal potential of Ziegler, Biersack and Littmark (1985) times a polynomial envelope of order 5."""
+        a = 0.4543 * 0.529 / (2 * 6**0.3)
+        terms = ((0.1818, 3.2), (0.5099, 0.9423), (0.2802, 0.4028), (0.02817, 0.2016))
+        screening = sum(c * np.exp(-k * r / a) for c, k in terms)
+        x = r / (2 * covalent_radii[6])
+        envelope = 1 - 21 * x**5 + 35 * x**6 - 15 * x**7 if x < 1 else 0.0
+        return float(14.3996 * 36 / r * screening * envelope)
+
+    for r, energy in before.items():
+        assert after[r] - energy == pytest.approx(zbl(r), rel=1e-4, abs=2e-5)
+    assert zbl(0.5) > 20 and zbl(1.53) == 0.0
+
+
+def test_a_run_is_not_resumed_with_another_network(few: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"data": few, "out": tmp_path, "name": "z", "start": "mmea-organic-s"}
+    pretrain(**arguments, settings=SHORT)
+    with pytest.raises(TrainingError, match="another network"):
+        pretrain(**arguments, settings=settings(zbl=True), resume=True)
 
 
 def test_new_network_starts_from_the_seed(few: Path, tmp_path: Path) -> None:

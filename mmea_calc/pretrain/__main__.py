@@ -10,6 +10,11 @@ from typing import Any
 
 from ..errors import MMEAError
 
+_SWITCHES = {
+    "compile": "compile the training steps first",
+    "zbl": "add mace's pair repulsion to the network, or to the start's",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
@@ -99,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     for setting in fields(defaults):
         value = getattr(defaults, setting.name)
         if isinstance(value, bool):
-            train.add_argument(f"--{setting.name}", action="store_true", help="compile the training steps first")
+            train.add_argument(f"--{setting.name}", action="store_true", help=_SWITCHES[setting.name])
             continue
         kind: Any = {"steps": int, "device": str}.get(setting.name, type(value))
         train.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=value, help=f"default: {value}")

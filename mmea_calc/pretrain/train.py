@@ -54,6 +54,8 @@ class PretrainConfig:
         checkpoint_minutes: time between renewals of resume.pt.
         readout_scale: what the readouts of the start are multiplied by first: less than 1 where energies are to become
             smaller, such as differences of two levels of theory.
+        zbl: give the network mace's pair repulsion (Ziegler, Biersack, Littmark) within the sum of two covalent radii,
+            where few structures teach it a wall; a network that starts from another one without it gets it too.
         channels, max_ell, r_max: of a new network; a run with a start takes its network as it is.
         seed: of the first weights and of the order of the structures.
         device: "cpu", "cuda", "cuda:1", ..., or "auto".
@@ -74,6 +76,7 @@ class PretrainConfig:
     compile: bool = False
     checkpoint_minutes: float = 2.0
     readout_scale: float = 1.0
+    zbl: bool = False
     channels: int = 64
     max_ell: int = 2
     r_max: float = 4.5
@@ -146,6 +149,7 @@ class _Run:
         def packed(some: list[Path], elements: tuple[int, ...]) -> PackedSet:
             return PackedSet(some, e0=e0, elements=elements, device=device)
 
+        begun_with: dict[str, str] | None = None
         if start is None:
             neighbours = (
                 saved["avg_num_neighbors"] if saved else packed(files, ELEMENTS).mean_neighbours(settings.r_max)
@@ -155,9 +159,12 @@ class _Run:
             backbone = load_backbone(start, device=str(device))
             if len(backbone.heads) > 1:
                 raise TrainingError(f"{start} has several heads; pretraining takes networks of one")
+            begun_with = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+            if settings.zbl:
+                backbone = _with_pair_repulsion(backbone, device)
         self.config = {k: v for k, v in backbone.config.items() if k not in ("notes", "licence")}  # those of the start
-        if start is not None:
-            self.config["start"] = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+        if begun_with is not None:
+            self.config["start"] = begun_with
             _scale_readouts(backbone.network, settings.readout_scale)
         self.train_set = packed(files, backbone.elements)
         self.valid_set = packed([data / "valid.npz"], backbone.elements)
@@ -171,7 +178,8 @@ class _Run:
         self.optimiser = Optimiser(self.parameters, self.adapter.parameter_groups(), self.config_of_loss)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step, self.elapsed = 0, 0.0
-        self.start = hash_of(list(backbone.network.parameters()))
+        repelling = [torch.ones(1)] if self.config.get("pair_repulsion") else []
+        self.start = hash_of([*backbone.network.parameters(), *repelling])
         if saved is not None:
             self._restore(saved)
         compiled = settings.compile and self.fraction() < 1
@@ -277,10 +285,23 @@ class _Run:
 def _new_backbone(settings: PretrainConfig, neighbours: float, device: torch.device) -> Backbone:
     """With random weights that follow from the seed."""
     config = _new_config(settings, neighbours)
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        path = Path(folder) / "new.safetensors"
-        save_backbone(path, config, build_network(config).state_dict())
+        return _assembled("new", config, build_network(config).state_dict(), device)
+
+
+def _with_pair_repulsion(backbone: Backbone, device: torch.device) -> Backbone:
+    """The same weights, in a network that adds mace's pair repulsion to the energy; trained frequencies stay."""
+    repelling = backbone.config | {"pair_repulsion": True}
+    state = build_network(repelling).state_dict() | backbone.network.state_dict()
+    return _assembled(backbone.name, repelling, state, device)
+
+
+def _assembled(name: str, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Backbone:
+    """What a file of these would load as."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.safetensors"
+        save_backbone(path, config, state)
         return load_backbone(path, device=str(device))
 
 
@@ -304,6 +325,7 @@ def _new_config(settings: PretrainConfig, neighbours: float) -> dict[str, Any]:
         "atomic_inter_scale": 1.0,
         "atomic_inter_shift": 0.0,
         "avg_num_neighbors": neighbours,
+        "pair_repulsion": settings.zbl,
         "atomic_numbers": list(ELEMENTS),
         "atomic_energies": [0.0] * len(ELEMENTS),
     }
