@@ -24,25 +24,31 @@ What could go wrong is checked where it would:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapted import Adapter, attached
-from .arrangement import Arrangement, Incidence, arrange, arrange_elements
+from .arrangement import Arrangement
 from .backbone import Backbone
 from .errors import CompilationError
 from .graph import Batch
 from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
+from .parts import Part, Parts
 from .tensor_state import State, same_state, state_of
 from .tracing import Inputs, contraction_forms, example, trace
 
 # A batch is computed plainly where its tables have more slots than this, and this many times as many as it has edges:
 # a few atoms with many neighbours among many with few.
 MANY_SLOTS, FILLED = 100_000, 3
+
+# What the messages of a part of a batch may take for each thread, bytes (`parts`).
+CACHE_PER_THREAD = 3_300_000
+_MANY_COMPOSITIONS = 64
 
 # Largest difference to the network's own results, in units of the largest force (at least 1 eV/A).
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -91,24 +97,33 @@ class CompiledNetwork:
         self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers) if store]
         self._values: list[Tensor] = []
         self._values_for = State()
-        self._elements: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor]] | None = None
-        self._arranged: tuple[Tensor, int, tuple[Incidence, Tensor, Tensor], Arrangement] | None = None
-        self._tables: tuple[Tensor, list[list[Tensor]]] | None = None
+        self._parts = Parts(None)
+        self._atoms_per_thread = atoms_in_cache(network)
+        self._tables: dict[tuple[int, ...], list[list[Tensor]]] = {}
 
     def __call__(self, batch: Batch, *, stress: bool) -> Found | None:
         """Results of a batch; None where they would not hold, or most of the tables would be empty."""
+        if batch.tensors["positions"].device.type == "cpu":
+            self._parts.most = self._atoms_per_thread * torch.get_num_threads()
         with torch.no_grad():
             self._renew()
-            tensors = batch.tensors
-            elements = self._elements_of(tensors["node_attrs"])
-            arrangement = self._arrangement_of(tensors, elements)
-            if mostly_empty(arrangement):
-                return None
-            inputs = Inputs.of(batch, arrangement, self._tables_of(elements[1]), stress=stress)
-            *found, doubt = self._program(inputs.tensors(), self._values)
-            if bool(doubt):
-                return None
-            return Found(found[0], found[1], stress_of(found[2][:-1], tensors["cell"]) if stress else None)
+            found = []
+            for part in self._parts.of(batch):
+                one = self._of_part(part, stress=stress)
+                if one is None:
+                    return None
+                found.append(one)
+        return found[0] if len(found) == 1 else _joined(found)
+
+    def _of_part(self, part: Part, *, stress: bool) -> Found | None:
+        if mostly_empty(part.arrangement):
+            return None
+        inputs = Inputs.of(part.batch, part.arrangement, self._tables_of(part.arrangement.present), stress=stress)
+        *found, doubt = self._program(inputs.tensors(), self._values)
+        if bool(doubt):
+            return None
+        cell = part.batch.tensors["cell"]
+        return Found(found[0], found[1], stress_of(found[2][:-1], cell) if stress else None)
 
     def with_values_of_now(self) -> Callable[..., list[Tensor]]:
         """`Inputs.tensors` -> what the program gives, with the values that the network has at present."""
@@ -121,26 +136,32 @@ class CompiledNetwork:
         if not same_state(state, self._values_for):
             self._values_for = state
             self._values = self._program.values(_sources(self.network, self.adapter))
-            self._tables = None
-
-    def _elements_of(self, node_attrs: Tensor) -> tuple[Incidence, Tensor, Tensor]:
-        """Kept for the tensor seen last: in dynamics it is the same one at every step."""
-        kept = self._elements
-        if kept is None or kept[0] is not node_attrs or kept[1] != node_attrs._version:
-            self._elements = kept = (node_attrs, node_attrs._version, arrange_elements(node_attrs))
-        return kept[2]
-
-    def _arrangement_of(self, tensors: dict[str, Tensor], elements: tuple[Incidence, Tensor, Tensor]) -> Arrangement:
-        """Kept likewise, while nobody enters or leaves the cutoff."""
-        edges, kept = tensors["edge_index"], self._arranged
-        if kept is None or kept[0] is not edges or kept[1] != edges._version or kept[2] is not elements:
-            self._arranged = kept = (edges, edges._version, elements, arrange(tensors, elements))
-        return kept[3]
+            self._tables.clear()
 
     def _tables_of(self, present: Tensor) -> list[list[Tensor]]:
-        if self._tables is None or not torch.equal(self._tables[0], present):
-            self._tables = (present, [form.tables_of(present) for form in self._forms])
-        return self._tables[1]
+        key = tuple(present.tolist())
+        if key not in self._tables:
+            if len(self._tables) >= _MANY_COMPOSITIONS:
+                self._tables.clear()
+            self._tables[key] = [form.tables_of(present) for form in self._forms]
+        return self._tables[key]
+
+
+def _joined(found: Sequence[Found]) -> Found:
+    stresses = [one.stress for one in found if one.stress is not None]
+    return Found(
+        torch.cat([one.node_energy for one in found]),
+        torch.cat([one.forces for one in found]),
+        torch.cat(stresses) if stresses else None,
+    )
+
+
+def atoms_in_cache(network: nn.Module) -> int:
+    """How many atoms' messages fit into a thread's share of the cache, at the neighbours that the network expects."""
+    interactions: Any = network.get_submodule("interactions")
+    widest = max(interaction.conv_tp.irreps_out.dim for interaction in interactions)
+    per_atom = float(interactions[0].avg_num_neighbors) * widest * next(network.parameters()).element_size()
+    return max(2, int(CACHE_PER_THREAD / per_atom))
 
 
 def mostly_empty(arrangement: Arrangement) -> bool:

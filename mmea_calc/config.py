@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 DEFAULT_BACKBONE = "mmea-organic-s"
 # With 10 replayed molecules an epoch, errors on molecules of rMD17 are those without after this many times the steps.
-REPLAY_STEPS = 8 / 3
+REPLAY_STEPS = 16 / 3
 # One training of each method tells the order of large differences; a benchmark has three by default.
 COMPARE_SEEDS = (1,)
 
@@ -68,7 +68,8 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training set; 0 takes as many as make about `steps`, at least 20 and at most 300.
-        steps: optimisation steps that `epochs` 0 stands for; with replayed molecules `REPLAY_STEPS` times as many.
+        steps: optimisation steps that `epochs` 0 stands for; with replayed molecules these and the most epochs are
+            `REPLAY_STEPS` times as many.
         batch_size: structures per optimisation step.
         replay: structures of other molecules that every epoch adds, labelled by the model that training starts from,
             so that it is not forgotten; they are spread over the batches, which grow by them. None is 0, but for
@@ -139,8 +140,8 @@ class TrainConfig:
         if self.epochs:
             return self
         steps_per_epoch = math.ceil(n_structures / self.batch_size)
-        steps = self.steps * (REPLAY_STEPS if self.replay else 1.0)
-        return replace(self, epochs=min(300, max(20, round(steps / steps_per_epoch))))
+        longer = REPLAY_STEPS if self.replay else 1.0
+        return replace(self, epochs=min(round(300 * longer), max(20, round(longer * self.steps / steps_per_epoch))))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
 from ase.build import bulk, molecule
 from small_adapter import ENERGIES, trained
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
@@ -213,6 +213,30 @@ def test_a_compiled_network_gives_its_values(monkeypatch: pytest.MonkeyPatch) ->
     moved = batches()["mixed"]
     moved.tensors["positions"] = moved.tensors["positions"] + 0.01
     assert_agree(potential, moved)
+
+
+@pytest.mark.usefixtures("program")
+def test_a_batch_in_parts_has_the_values_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One structure each where the cache is small; a structure without neighbours has its batch taken whole."""
+    calls: list[int] = []
+    call = compiled.Program.__call__
+
+    def counting(program: compiled.Program, inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        calls.append(len(inputs[0]))
+        return call(program, inputs, values)
+
+    monkeypatch.setattr(compiled.Program, "__call__", counting)
+    structures = (ethanol(), crystal(), molecule("CH3COOH"))
+    batch, lonely = batch_of(*structures), batch_of(*structures, Atoms("H"))
+    sizes = [len(atoms) for atoms in structures]
+    for cache, parts in ((10**9, [sum(sizes)]), (1, sizes)):
+        monkeypatch.setattr(compiled, "CACHE_PER_THREAD", cache)
+        potential = small_potential()
+        potential.predict(batch, stress=True)  # the first call of a program is compared with the network's own
+        for one, expected in ((batch, parts), (lonely, [sum(sizes) + 1])):
+            calls.clear()
+            assert_agree(potential, one)
+            assert calls == expected
 
 
 @pytest.mark.usefixtures("program")
