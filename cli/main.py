@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmea_calc.errors import MMEAError
+from mmea_calc.memory import keep_freed_memory
 
 from .analyse import analyse
 from .backbone import app as backbone_app
@@ -95,6 +96,7 @@ def root(
 
 def main() -> None:
     """Entry point of the console script."""
+    keep_freed_memory()
     app(prog_name="mmea")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import MMEAError
     from .evaluation import evaluate
     from .finetuning import finetune
+    from .memory import keep_freed_memory
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _MODULES = {
     "attach": "adapted",
     "evaluate": "evaluation",
     "finetune": "finetuning",
+    "keep_freed_memory": "memory",
     "load_backbone": "backbone",
     "read_adapter": "adapter_file",
     "read_dataset": "data",
@@ -45,6 +47,7 @@ __all__ = [
     "attach",
     "evaluate",
     "finetune",
+    "keep_freed_memory",
     "load_backbone",
     "read_adapter",
     "read_dataset",

@@ -13,7 +13,6 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +23,10 @@ from torch import Tensor, nn
 
 from .errors import CompilationError, first_line
 from .mace_bridge import quiet
+from .memory import keep_small_blocks
 from .tracing import Traced, place_of
 
 PROGRAM_VERSION = 3
-# Bytes: with its header just below 32 MiB, the largest block that glibc learns from.
-_LARGEST_KEPT = 33_500_000
 
 
 def program_folder() -> Path:
@@ -99,7 +97,7 @@ class Program:
                 self.fixed = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
             self._run = _load(path.with_suffix(".pt2"), device)
             if device.type == "cpu":
-                _large_blocks_are_kept()
+                keep_small_blocks()
         except Exception as problem:  # whatever a foreign or damaged file makes torch raise
             raise CompilationError(
                 f"{path}.* cannot be opened ({problem}): remove these files, and compile again"
@@ -123,18 +121,6 @@ def _load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Ten
     package = aoti_load_package(str(path), run_single_threaded=single, device_index=int(number) if number else -1)
     # Below what torch gives to be called, which takes nested arguments apart at every call: ours are flat.
     return cast(Callable[[list[Tensor]], list[Tensor]], package.loader.boxed_run)
-
-
-@cache
-def _large_blocks_are_kept() -> None:
-    """Give one large block back to the C library, once in a process.
-
-    A program allocates and frees some ten megabytes at every call. glibc returns them to the system each time, and the
-    system clears every page of them anew for the next call, which takes a third of the time of a call for four
-    molecules. It ceases to do so for blocks up to the size of the largest one that was ever freed, 32 MB at most
-    (mallopt(3), M_MMAP_THRESHOLD). Where another library allocates, this does nothing.
-    """
-    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:

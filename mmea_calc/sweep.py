@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
 from .errors import MMEAError, TrainingError
 from .files import json_ready, write_text
+from .memory import keep_freed_memory
 from .methods import method_named
 from .recipes import RECIPES, recipe_for
 from .setting_values import from_text
@@ -161,6 +162,12 @@ def train_point(point: Point, backbone: Backbone | None = None) -> Outcome:
     from .steps import to_the_end
 
     return to_the_end(_training(point, backbone))
+
+
+def _train_alone(point: Point) -> Outcome:
+    """In a process that does nothing else."""
+    keep_freed_memory()
+    return train_point(point)
 
 
 def _training(point: Point, backbone: Backbone | None) -> Training[Outcome]:
@@ -318,7 +325,7 @@ def _started(
 
         # Forked processes would inherit the threads of torch in whatever state they are.
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield [pool.submit(train_point, point).result for point in points]
+            yield [pool.submit(_train_alone, point).result for point in points]
         return
     try:
         import submitit
@@ -333,7 +340,7 @@ def _started(
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as problem:
         raise TrainingError(f"submitit cannot submit to {cluster} with {settings}: {problem}") from problem
     # As one array: Slurm then keeps to the number of jobs at a time.
-    yield [job.result for job in executor.map_array(train_point, points)]
+    yield [job.result for job in executor.map_array(_train_alone, points)]
 
 
 def _outcome(point: Point, wait: Callable[[], Outcome]) -> Outcome:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MMEAError
+from ..memory import keep_freed_memory
 
 _SWITCHES = {
     "compile": "compile the training steps first",
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 1 for a failure told in one line."""
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
+    keep_freed_memory()
     try:
         if command == "train":
             from .train import PretrainConfig, pretrain
