@@ -21,7 +21,7 @@ from ase.formula import Formula
 from mmea_calc.backbone import Backbone, load_backbone, save_backbone
 from mmea_calc.errors import BackboneError, DataError, MMEAError, TrainingError
 from mmea_calc.potential import Potential
-from mmea_calc.pretrain import choose, label
+from mmea_calc.pretrain import choose, label, walls
 from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.choose import interleaved, ordered
 from mmea_calc.pretrain.dataset import PackedSet, read_arrays, read_e0
@@ -136,6 +136,96 @@ def test_pair_repulsion_is_added_to_the_networks_energy(few: Path, tmp_path: Pat
         assert after[r] - energy == pytest.approx(zbl(r), rel=1e-4, abs=2e-5)
     assert zbl(0.5) > 20
     assert zbl(1.53) == 0.0
+
+
+@pytest.fixture
+def repulsion(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], tuple[float, float]]:
+    """In the place of GFN2-xTB: r -> energy, eV, and slope of 400 exp(-3 r) / r, stiff enough to reach 100 eV."""
+
+    def law(r: float) -> tuple[float, float]:
+        energy = 400 * np.exp(-3 * r) / r
+        return float(energy), float(-energy * (3 + 1 / r))
+
+    def instead(numbers: Any, positions: np.ndarray, *, unpaired: int = 0) -> tuple[float, np.ndarray]:
+        assert unpaired == int(sum(walls.VALENCE[z] for z in numbers)) % 2
+        energy, slope = law(float(positions[1, 2]))
+        return energy - 7.0, np.array([[0, 0, slope], [0, 0, -slope]])
+
+    monkeypatch.setattr(walls, "xtb_energy_and_forces", instead)
+    return law
+
+
+def test_a_wall_goes_on_with_its_slope_where_it_is_high(repulsion: Callable[[float], tuple[float, float]]) -> None:
+    distances, energies, slopes = walls.wall(6, 17)
+    outer = covalent_radii[6] + covalent_radii[17]
+    assert distances[-1] == pytest.approx(outer)
+    assert walls.INNER <= distances[0] < walls.INNER + walls.STEP
+    assert (np.diff(distances) > 0).all()
+    assert (np.diff(energies) < 0).all()
+    own = np.array([repulsion(r) for r in distances])
+    high = own[:, 0] - own[-1, 0] > walls.HIGHEST
+    # the first one above is still the law's own: from there on the wall is straight
+    edge = int(high.nonzero()[0][-1])
+    np.testing.assert_allclose(energies[edge:], own[edge:, 0] - 7.0)
+    np.testing.assert_allclose(slopes[edge:], own[edge:, 1])
+    assert edge > 3
+    np.testing.assert_allclose(slopes[:edge], own[edge, 1])
+    np.testing.assert_allclose(np.diff(energies[: edge + 1]), own[edge, 1] * np.diff(distances[: edge + 1]))
+
+
+@pytest.mark.usefixtures("repulsion")
+def test_walls_of_all_pairs_stand_on_the_atoms_of_the_better_level(tmp_path: Path) -> None:
+    cheap = tmp_path / "cheap"
+    cheap.mkdir()
+    (cheap / "e0.json").write_text(json.dumps({str(z): -3.5 for z in ELEMENTS}), encoding="utf-8")
+    words = ["walls", "--data", str(PBE), "--cheap", str(cheap), "--out", str(tmp_path / "walls.npz")]
+    assert main(words) == 0
+    found, e0 = read_arrays([tmp_path / "walls.npz"]), read_e0(PBE)
+    pairs = found["numbers"].reshape(-1, 2)
+    assert len({tuple(p) for p in pairs.tolist()}) == 55
+    distances = found["positions"].reshape(-1, 2, 3)[:, 1, 2].astype(float)
+    above = found["energy"] - [e0[a] + e0[b] for a, b in pairs.tolist()]
+    low = above < 50
+    np.testing.assert_allclose(above[low], 400 * np.exp(-3 * distances[low]) / distances[low], rtol=1e-5)
+    np.testing.assert_allclose(found["forces"].reshape(-1, 2, 3).sum(1), 0)
+    assert (found["forces"].reshape(-1, 2, 3)[:, 1, 2] > 0).all()  # pushed apart
+    (cheap / "e0.json").write_text(json.dumps({"1": -3.5}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"missing for the elements \[6, 7"):
+        walls.walls(data=PBE, cheap=cheap, out=tmp_path / "none.npz")
+    assert not (tmp_path / "none.npz").exists()
+
+
+@pytest.mark.usefixtures("repulsion")
+def test_one_structure_of_every_batch_is_a_wall(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "e0.json").write_text(json.dumps(dict.fromkeys(map(str, ELEMENTS), -3.5)), encoding="utf-8")
+    walls.walls(data=PBE, cheap=tmp_path, out=tmp_path / "walls.npz")
+    seen: list[list[int]] = []
+    batch = PackedSet.batch
+
+    def noting(self: PackedSet, chosen: torch.Tensor, r_max: float) -> Any:
+        found = batch(self, chosen, r_max)
+        if len(chosen) == SHORT.batch_size:
+            seen.append(found[1].atoms_per_graph.tolist())
+        return found
+
+    monkeypatch.setattr(PackedSet, "batch", noting)
+    arguments: dict[str, Any] = {"data": few, "start": "mmea-organic-s", "walls": tmp_path / "walls.npz"}
+    path = pretrain(**arguments, out=tmp_path / "run", name="w", settings=SHORT)
+    assert len(seen) == SHORT.steps
+    assert all(sizes[-1] == 2 and min(sizes[:-1]) > 2 for sizes in seen)
+    training = load_backbone(path).config["training"]
+    assert (training["structures_seen"], training["of_walls"]) == (12, 4)
+    with pytest.raises(TrainingError, match="batch_size must be 2 at least, got 1"):
+        pretrain(**arguments, out=tmp_path / "one", name="w", settings=settings(batch_size=1))
+
+
+def test_gfn2_falls_nowhere_on_the_way_in() -> None:
+    pytest.importorskip("tblite", reason="tblite is not installed")
+    for a, b in ((1, 1), (6, 8), (15, 35), (53, 53)):
+        _, energies, slopes = walls.wall(a, b)
+        repulsive = slopes < 0
+        assert repulsive[: int(0.6 * len(slopes))].all()
+        assert (np.diff(energies)[repulsive[:-1] & repulsive[1:]] < 0).all()
 
 
 def test_a_run_is_not_resumed_with_another_network(few: Path, tmp_path: Path) -> None:

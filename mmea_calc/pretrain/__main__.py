@@ -94,6 +94,11 @@ def parser() -> argparse.ArgumentParser:
     relabel.add_argument("--number", type=int, default=30000, help="structures that are drawn")
     relabel.add_argument("--seed", type=int, default=0)
 
+    walls = commands.add_parser("walls", help="two atoms alone from their bond inwards, for all pairs of elements")
+    walls.add_argument("--data", type=Path, required=True, help="folder with e0.json of the better level")
+    walls.add_argument("--cheap", type=Path, required=True, help="folder with e0.json of GFN2-xTB")
+    walls.add_argument("--out", type=Path, required=True, help=".npz file to write")
+
     train = commands.add_parser("train", help="one stage of training; time-boxed and resumable")
     train.add_argument(
         "--data", type=Path, required=True, help="folder with train-*.npz, valid.npz, e0.json, level.txt"
@@ -101,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, required=True, help="folder for NAME.safetensors, NAME.json and resume.pt")
     train.add_argument("--name", required=True, help="of the backbone that is made")
     train.add_argument("--start", default=None, help="backbone to start from (second stage); default: random weights")
+    train.add_argument("--walls", type=Path, default=None, help="packed set of `walls`: one structure of every batch")
     train.add_argument("--resume", action="store_true", help="go on from OUT/resume.pt")
     for setting in fields(defaults):
         value = getattr(defaults, setting.name)
@@ -164,6 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
             for name, value in found.figures().items():
                 print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
             print(*write_soundness(found, out))
+        elif command == "walls":
+            from .walls import walls
+
+            print(f"{options['out']}: {walls(**options)} structures")
         elif command == "unpack":
             from .unpack import unpack
 

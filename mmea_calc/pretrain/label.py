@@ -257,8 +257,13 @@ def pack(
     return {name: len(members) for name, members in sets.items()}
 
 
-def xtb_energy_and_forces(numbers: np.ndarray, positions: np.ndarray) -> tuple[float, np.ndarray]:
+def xtb_energy_and_forces(numbers: np.ndarray, positions: np.ndarray, *, unpaired: int = 0) -> tuple[float, np.ndarray]:
     """Total energy (eV) and forces (n_atoms, 3; eV/A) of a neutral molecule with GFN2-xTB.
+
+    Args:
+        numbers: atomic numbers.
+        positions: (n_atoms, 3), A.
+        unpaired: number of unpaired electrons.
 
     Raises:
         MMEAError: tblite is not installed.
@@ -267,7 +272,7 @@ def xtb_energy_and_forces(numbers: np.ndarray, positions: np.ndarray) -> tuple[f
         from tblite.interface import Calculator
     except ImportError as problem:
         raise MMEAError("GFN2-xTB needs tblite, which is not installed: pip install 'mmea[label]'") from problem
-    calculator = Calculator("GFN2-xTB", numbers, positions / BOHR)
+    calculator = Calculator("GFN2-xTB", numbers, positions / BOHR, uhf=unpaired)
     calculator.set("verbosity", 0)
     found = calculator.singlepoint()
     return float(found["energy"]) * HARTREE, -np.array(found["gradient"]) * HARTREE / BOHR

@@ -94,6 +94,7 @@ def pretrain(
     out: Path,
     name: str,
     start: str | Path | None = None,
+    walls: Path | None = None,
     resume: bool = False,
     settings: PretrainConfig | None = None,
     progress: Callable[[str], None] = lambda line: None,
@@ -105,6 +106,7 @@ def pretrain(
         out: folder to write into.
         name: of the backbone that is made.
         start: name or path of a backbone to start from; None starts from random weights.
+        walls: packed set of pairs of atoms (`walls`); one structure of every batch is one of these.
         resume: go on from OUT/resume.pt; with `steps`, to the bits of a run that was never stopped (CPU).
         settings: how; the defaults are those of the second stage.
         progress: called with a line of text now and then.
@@ -114,19 +116,20 @@ def pretrain(
 
     Raises:
         BackboneError: the start cannot be loaded. DataError: the set cannot be used. TrainingError: there is nothing
-            to resume, or the loss is not finite.
+            to resume, the loss is not finite, or batches have no place for a wall.
     """
     settings = settings or PretrainConfig()
     checkpoint = out / "resume.pt"
     saved = _read_checkpoint(checkpoint) if resume else None
     if saved is None and checkpoint.exists():
         raise TrainingError(f"{checkpoint} is the state of an earlier run: continue it with --resume, or remove it")
-    run = _Run(data, start, settings, saved)
+    run = _Run(data, start, walls, settings, saved)
     out.mkdir(parents=True, exist_ok=True)
     run.train(lambda: _write_checkpoint(checkpoint, run.state()), progress)
     metrics = run.evaluate()
     progress(f"validation: {metrics}")
-    run.config["training"] = {"structures_seen": run.step * settings.batch_size, **asdict(settings), **metrics}
+    seen = {"structures_seen": run.step * settings.batch_size, "of_walls": run.step if walls else 0}
+    run.config["training"] = {**seen, **asdict(settings), **metrics}
     path = out / f"{name}.safetensors"
     save_backbone(path, run.config, run.tensors())
     write_text(path.with_suffix(".json"), json.dumps(run.config, indent=1) + "\n")
@@ -137,8 +140,17 @@ class _Run:
     """Network, data, optimiser, averages and place in the run: a fine-tuning of all weights (method "full")."""
 
     def __init__(
-        self, data: Path, start: str | Path | None, settings: PretrainConfig, saved: dict[str, Any] | None
+        self,
+        data: Path,
+        start: str | Path | None,
+        walls: Path | None,
+        settings: PretrainConfig,
+        saved: dict[str, Any] | None,
     ) -> None:
+        if walls and settings.batch_size < 2:
+            raise TrainingError(
+                f"one structure of a batch is a wall's: batch_size must be 2 at least, got {settings.batch_size}"
+            )
         self.settings, self.config_of_loss = settings, settings.training()
         level = read_level(data)
         e0, files = read_e0(data), sorted(data.glob("train-[0-9]*.npz"))
@@ -166,7 +178,8 @@ class _Run:
         if begun_with is not None:
             self.config["start"] = begun_with
             _scale_readouts(backbone.network, settings.readout_scale)
-        self.train_set = packed(files, backbone.elements)
+        self.train_set = packed([*files, walls] if walls else files, backbone.elements)
+        self.n_walls = len(packed([walls], backbone.elements)) if walls else 0
         self.valid_set = packed([data / "valid.npz"], backbone.elements)
         self.config["atomic_energies"] = [e0.get(z, 0.0) for z in backbone.elements]
         self.config["level_of_theory"] = level
@@ -226,7 +239,9 @@ class _Run:
         """Step until the run is done; a checkpoint now and then, and at the end."""
         before = written = time.monotonic()
         device = self.potential.device
-        progress(f"{device}: {len(self.train_set)} structures, {len(self.valid_set)} for validation")
+        beside = f" and {self.n_walls} of walls" if self.n_walls else ""
+        n = len(self.train_set) - self.n_walls
+        progress(f"{device}: {n} structures{beside}, {len(self.valid_set)} for validation")
         while (fraction := self.fraction()) < 1:
             loss = self._one_step(fraction)
             now = time.monotonic()
@@ -246,7 +261,7 @@ class _Run:
         rise = min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
         cosine = 0.5 * (1 + math.cos(math.pi * fraction))
         self.optimiser.lr = settings.lr * rise * (0.01 + 0.99 * cosine)
-        chosen = torch.randint(len(self.train_set), (settings.batch_size,), generator=self.generator)
+        chosen = self._drawn()
         batch, labels = self.train_set.batch(chosen.to(self.potential.device), self.config["r_max"])
         energy_weight = settings.energy_weight if fraction < _LATE else settings.late_energy_weight
         weights = LossWeights.of(labels, config, energy_weight=energy_weight, forces_weight=settings.forces_weight)
@@ -263,6 +278,14 @@ class _Run:
         self.optimiser.step()
         self.step += 1
         return float(loss.total.detach())
+
+    def _drawn(self) -> Tensor:
+        """Numbers of the structures of a batch; those of walls stand last in the set."""
+        size, n = self.settings.batch_size, len(self.train_set) - self.n_walls
+        if not self.n_walls:
+            return torch.randint(n, (size,), generator=self.generator)
+        others = torch.randint(n, (size - 1,), generator=self.generator)
+        return torch.cat([others, n + torch.randint(self.n_walls, (1,), generator=self.generator)])
 
     def evaluate(self, limit: int | None = None, batch_size: int = 200) -> dict[str, float]:
         """Mean absolute errors of the averaged weights on the validation set, or its first `limit` structures."""
