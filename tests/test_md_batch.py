@@ -21,7 +21,7 @@ from mmea_calc.md.forces import ReplicaForces
 from mmea_calc.md.minimise import minimise
 from mmea_calc.md.neighbours import Neighbours, Pairs
 from mmea_calc.md.random import Noise
-from mmea_calc.md.simulation import Simulation
+from mmea_calc.md.simulation import GATES_EVERY, Simulation
 from mmea_calc.md.stability import quick_check
 from mmea_calc.md.state import Layout, replicas_of
 from mmea_calc.md.trajectory import OBSERVABLES
@@ -262,16 +262,21 @@ def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) ->
     simulation = simulate(
         potential, [ethanol()], 0, temperatures_K=(300.0,), stats_every=2, drift_every=4, traj_every=2
     )
+    of_gates = NAMES.index("gate_excess")
     rows = simulation.sample()
-    assert rows[NAMES.index("gate_excess"), 0] < 1e-6  # the structure that the range was recorded on
+    assert rows[of_gates, 0] < 1e-6  # the structure that the range was recorded on
     difference = simulation.forces(simulation.state.positions)[1] - simulation.forces.bare()
     assert float(difference.abs().max()) > 1e-3
     assert float(rows[NAMES.index("adapted_minus_bare"), 0]) == pytest.approx(float((difference**2).mean() ** 0.5))
-    for _ in range(2):
-        simulation.step()
-    rows = simulation.sample()
-    assert rows[NAMES.index("gate_excess"), 0] > 0
-    assert torch.isnan(rows[NAMES.index("adapted_minus_bare"), 0])  # not every sample
+    watched = []
+    for _ in range(2 * GATES_EVERY):
+        simulation.advance(2)
+        rows = simulation.sample()
+        watched.append(not torch.isnan(rows[of_gates, 0]))
+        # not every sample
+        assert torch.isnan(rows[NAMES.index("adapted_minus_bare"), 0]) == (simulation.state.step % 4 != 0)
+    assert watched == 2 * [*[False] * (GATES_EVERY - 1), True]
+    assert rows[of_gates, 0] > 0
     assert adapter.enabled
 
 

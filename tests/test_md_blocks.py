@@ -17,7 +17,8 @@ from conftest import batch_of, crystal, ethanol, random_network, randomise, run,
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig, MDConfig
 from mmea_calc.md.blocks import LONGEST, Blocks
-from mmea_calc.md.simulation import Simulation
+from mmea_calc.md.simulation import GATES_EVERY, Simulation
+from mmea_calc.md.trajectory import OBSERVABLES
 from mmea_calc.potential import Potential
 from mmea_calc.recorded import Recording
 
@@ -135,13 +136,18 @@ def test_where_atoms_are_closer_than_in_training_the_plain_path_is_asked() -> No
 
 
 def test_samples_are_the_same_gates_included() -> None:
-    one = simulate((ethanol(),), 16, blocks=False, drift_every=8)
-    row = simulate((ethanol(),), 16, blocks=True, drift_every=8)
+    n = 2 * GATES_EVERY  # samples every two steps
+    one, row = (simulate((ethanol(),), n, blocks=b, stats_every=2, traj_every=2, drift_every=2) for b in (False, True))
     assert row.blocks is not None
-    assert row.blocks.n_taken == 16
+    assert row.blocks.n_taken == n
     found, expected = row.sample(), one.sample()
     assert not torch.isnan(expected).any()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    one.advance(2)
+    row.advance(2)
+    found, expected = row.sample(), one.sample()
+    assert torch.isnan(expected[list(OBSERVABLES).index("gate_excess")]).all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, equal_nan=True)
 
 
 def test_a_change_of_the_adapter_is_seen() -> None:

@@ -56,12 +56,12 @@ class Blocks:
         self._proven = False
         self._wait, self._patience = 0, 0
 
-    def take(self, n: int, *, sample: bool) -> list[Tensor] | None:
+    def take(self, n: int, *, look: bool) -> list[Tensor] | None:
         """The next n steps, at most `LONGEST`; None if they are to be taken one by one, and nothing has changed then.
 
         Args:
             n: how many.
-            sample: whether the last one will be sampled.
+            look: whether gates are to be watched in the last one.
 
         Returns:
             if so, how far gates are out of their range (`ReplicaForces.watching_gates`); else nothing.
@@ -72,7 +72,7 @@ class Blocks:
             self._wait -= 1
             return None
         try:
-            found = self._take(n, sample)
+            found = self._take(n, look)
         except RuntimeError as problem:  # whatever torch says of what cannot be recorded
             self._give_up(f"they cannot be recorded: {first_line(problem)}")
             return None
@@ -81,7 +81,7 @@ class Blocks:
         self._wait = self._patience
         return found
 
-    def _take(self, n: int, sample: bool) -> list[Tensor] | None:
+    def _take(self, n: int, look: bool) -> list[Tensor] | None:
         simulation, forces = self.simulation, self.simulation.forces
         pairs = forces.neighbours.candidates(simulation.state.positions, _EARLY)
         values = forces.potential.state()
@@ -91,13 +91,13 @@ class Blocks:
         if steps is None:
             self.usable = False
             return None
-        found = steps.run(pairs, n, sample=sample)
+        found = steps.run(pairs, n, look=look)
         if found is None or not (self._proven or self._proves_right(found)):
             return None
         simulation.state = found
         forces.move(found.positions)
         self.n_taken += n
-        return steps.excesses() if sample else []
+        return steps.excesses() if look else []
 
     def _steps(self, pairs: Pairs) -> _Steps | None:
         """Steps for this list; None if they would not pay."""
@@ -160,10 +160,10 @@ class _Steps:
         self._closest = self._doubt = self.trouble
         self._recordings: dict[bool, Recording[None]] = {}
 
-    def run(self, pairs: Pairs, n: int, *, sample: bool) -> State | None:
-        """n steps from where the simulation is, the last one with gates watched if it is a sample; None in trouble."""
+    def run(self, pairs: Pairs, n: int, *, look: bool) -> State | None:
+        """n steps from where the simulation is, gates watched in the last one if asked for; None in trouble."""
         start = self.simulation.state
-        kinds = [sample and k == n - 1 for k in range(n)]
+        kinds = [look and k == n - 1 for k in range(n)]
         self.turn.zero_()  # recording takes steps, and there is noise for `LONGEST` of them
         for watched in set(kinds) - set(self._recordings):
             network = FixedNetwork(self.forces.potential, self.forces.batch, self.table, plainly=watched)
@@ -177,7 +177,7 @@ class _Steps:
         return _copy(self.state, start.step + n)
 
     def excesses(self) -> list[Tensor]:
-        """As `ReplicaForces.watching_gates` gives them, of the last step that was a sample."""
+        """As `ReplicaForces.watching_gates` gives them, of the last step in which they were watched."""
         return [] if self.excess is None else [self.excess.clone()]
 
     def _load(self, pairs: Pairs, n: int) -> None:

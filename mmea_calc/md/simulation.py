@@ -20,6 +20,9 @@ from .neighbours import SKIN
 from .random import Noise
 from .state import Layout, State, replicas_of, where
 
+# Samples from one look at the gates to the next: on a CPU a look takes as long as three steps of a small molecule.
+GATES_EVERY = 5
+
 
 class Simulation:
     """All replicas of a run.
@@ -57,7 +60,7 @@ class Simulation:
         self.forces = ReplicaForces(potential, self.layout, skin)
         self.noise = Noise(config.seed, self.layout.names, self.layout.atoms_per_replica, potential.device)
         self.monitor = Monitor(config, self.layout, self.forces)
-        self._excesses: list[Tensor] = []  # of the gates, at the latest sample
+        self._excesses: list[Tensor] = []  # of the gates, where they were watched at the latest sample
         timestep = config.timestep_fs * units.fs
         self.integrator: Integrator = (
             BAOAB(
@@ -87,9 +90,11 @@ class Simulation:
     def step(self) -> None:
         """One step of all replicas that have not failed; the others stay as they are."""
         new = self.integrator.step(self.state, self.forces)
-        if new.step % self.config.stats_every == 0:
+        if self._looks(new.step):
             with self.forces.watching_gates() as self._excesses:
                 self.forces.look()
+        elif new.step % self.config.stats_every == 0:
+            self._excesses = []
         alive = self.monitor.check(new)
         # The step in which a replica fails is not taken.
         self.state = where(alive, self.layout.owner, new, self.state)
@@ -99,8 +104,8 @@ class Simulation:
         every, end = self.config.stats_every, self.state.step + n
         while self.state.step < end:
             size = min(end - self.state.step, every - self.state.step % every, LONGEST)
-            sample = (self.state.step + size) % every == 0
-            excesses = None if self.blocks is None else self.blocks.take(size, sample=sample)
+            sample, looks = (self.state.step + size) % every == 0, self._looks(self.state.step + size)
+            excesses = None if self.blocks is None else self.blocks.take(size, look=looks)
             if excesses is None:
                 for _ in range(size):
                     self.step()
@@ -112,6 +117,10 @@ class Simulation:
         every = self.config.drift_every
         compare = self.forces.potential.adapter is not None and every > 0 and self.state.step % every == 0
         return self.monitor.sample(self.state, self._excesses, compare=compare)
+
+    def _looks(self, step: int) -> bool:
+        """Whether gates are watched in this step: in some of the samples, since it takes a call of its own."""
+        return step % (GATES_EVERY * self.config.stats_every) == 0
 
     def any_alive(self) -> bool:
         return bool(self.monitor.alive.any())

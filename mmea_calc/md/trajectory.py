@@ -18,7 +18,7 @@ A replica is one start structure at one temperature, named `start0-300K-0` (star
 Beside every `value` lie `step` (n,) int64 and `time` (n,) float64, ps; those of one replica's frames are one object
 under several names, and so are those of its observables. Frame 0 and sample 0 are step 0. Every frame's step also
 has a sample (`stats_every` divides `traj_every`). A replica that failed has fewer of both than the others. A value
-that was not measured at a sample (adapted minus bare forces, most of the time) is NaN there.
+that was not measured at a sample (gates in four of five, adapted minus bare forces most of the time) is NaN there.
 
 MDAnalysis' H5MD reader takes the first group of `particles`, and observables by the number of the frame whatever
 their steps are. Therefore `RUN/replicas/<replica>.h5md` shows one replica alone, without observables, as
