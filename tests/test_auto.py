@@ -88,4 +88,6 @@ def test_with_replay_training_takes_more_steps() -> None:
     plain, replayed = (TrainConfig(replay=n).for_structures(50).epochs for n in (None, 10))
     assert plain == 60
     assert replayed == round(REPLAY_STEPS * plain)
+    few, few_replayed = (TrainConfig(replay=n).for_structures(10).epochs for n in (None, 10))
+    assert (few, few_replayed) == (300, round(REPLAY_STEPS * 300))
     assert TrainConfig(replay=10, epochs=7).for_structures(50).epochs == 7
