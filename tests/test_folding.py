@@ -108,6 +108,21 @@ def test_a_folded_model_in_mace_torch_gives_the_adapters_energies_and_forces(tmp
     assert np.abs(bare.get_forces() - forces).max() > 1e-3
 
 
+def test_pair_repulsion_is_in_a_folded_model(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, pair_repulsion=True)
+    plain = mace_calculator(fold(adapter, tmp_path / "folded.model").path)
+    ours = MMEACalculator(adapter, dtype="float64", device="cpu")
+    squeezed = ethanol()
+    squeezed.positions *= 0.8  # C-O at 1.14 A, within the sum of the covalent radii, 1.42 A
+    for atoms in (squeezed, crystal()):
+        assert_same(atoms, plain, ours)
+    squeezed.calc = ours
+    without = squeezed.copy()
+    (tmp_path / "without").mkdir()
+    without.calc = MMEACalculator(trained(tmp_path / "without"), dtype="float64", device="cpu")
+    assert squeezed.get_potential_energy() > without.get_potential_energy() + 1
+
+
 @pytest.mark.parametrize("changes", [{}, TWO_HEADS, {"embedding_specs": CHARGED}], ids=["plain", "heads", "charged"])
 def test_nothing_of_this_package_is_in_a_folded_model(tmp_path: Path, changes: dict[str, Any]) -> None:
     adapter = trained(tmp_path, head="high" if "heads" in changes else None, **changes)
