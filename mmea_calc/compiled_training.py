@@ -77,7 +77,9 @@ class CompiledGradient:
         # Weights of contractions act by way of the tables alone.
         self._updated = [path for path, site in adapter.sites.items() if not site.kind.startswith("contraction")]
         own = {id(p) for part in adapter.on_linears.values() for p in part.parameters()}
-        self._gates = [name for name, p in backbone.network.named_parameters() if id(p) in own]
+        named = [(name, p) for name, p in backbone.network.named_parameters() if id(p) in own]
+        self._gates, self._of_gates = [name for name, _ in named], [p for _, p in named]
+        self._parameters = adapter.parameters()
         self._program: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
         self._values: list[Tensor] = []
         if compiled:
@@ -165,9 +167,7 @@ class CompiledGradient:
         batch, arrangement = self._arranged(batch)
         if arrangement is None:
             return None
-        network = self.potential.backbone.network
-        updated = [self.adapter.sites[path].value for path in self._updated]
-        gates = [network.get_parameter(name) for name in self._gates]
+        updated, gates = [self.adapter.sites[path].value for path in self._updated], self._of_gates
         tables = [form.tables_of(arrangement.present) for form in self._forms]
         inputs = Inputs.of(batch, arrangement, tables, stress=False)
         targets = targets_of(batch, labels, weights, self.potential.reference_energy_of(batch), self.delta)
@@ -176,9 +176,7 @@ class CompiledGradient:
         if bool(doubt):
             return None
         made = [(t, g) for t, g in zip([*updated, *gates, *_joined(tables)], found, strict=True) if t.requires_grad]
-        gradients = torch.autograd.grad(
-            [t for t, _ in made], self.adapter.parameters(), [g for _, g in made], allow_unused=True
-        )
+        gradients = torch.autograd.grad([t for t, _ in made], self._parameters, [g for _, g in made], allow_unused=True)
         return Loss(energy, forces, energy.new_zeros(())), gradients
 
     def _arranged(self, batch: Batch) -> tuple[Batch, Arrangement | None]:

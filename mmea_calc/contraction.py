@@ -66,6 +66,8 @@ class TableContraction:
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_for = State()
         self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
+        self._sorted_couplings: list[list[Tensor]] | None = None
+        self._sorted_for = State()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As mace's: x (n_atoms, channels, n), one-hot y (n_atoms, n_elements) -> (n_atoms, channels * sum(2l+1))."""
@@ -101,20 +103,51 @@ class TableContraction:
         """T of several elements for sorted monomials, each once, the highest degree first: (elements * c, q, w * n)."""
         if self.contractions[0].weights_max.shape[0] == 1:  # a contraction that makes no difference between elements
             present = torch.zeros_like(present)
-        return [
-            table.new_zeros(*table.shape[:2], int(numbers.max()) + 1, table.shape[3])
-            .index_add_(2, numbers.to(table.device), table)
-            .flatten(0, 1)
-            for table, numbers in zip(self._table(present), self._numbers(), strict=True)
-        ]
+        weights = [[w[present].transpose(1, 2).flatten(0, 1) for w in _weights(c)] for c in self.contractions]
+        tables = []
+        for of_degree in self._couplings():  # (elements * c, k) times (k, q, w, n)
+            parts = [
+                (own.pop(0) @ u.flatten(1)).unflatten(1, u.shape[1:])
+                if u.shape[0]
+                else own[0].new_zeros(len(own[0]), *u.shape[1:])
+                for own, u in zip(weights, of_degree, strict=True)
+            ]
+            tables.append(torch.cat(parts, dim=2).flatten(2))
+        return tables
 
-    def _numbers(self) -> list[Tensor]:
-        """For each degree, the highest first: which of the monomials without repetition each of those with it is."""
+    def _couplings(self) -> list[list[Tensor]]:
+        """For each degree, the highest first: U of every contraction for sorted monomials, (k, q, w, n).
+
+        Its entries for monomials that are the same are summed. k is 0 where a contraction has no such degree.
+        """
+        own = [[c.U_tensors(k) for k in range(c.correlation, 0, -1)] for c in self.contractions]
+        flat = [u for some in own for u in some]
+        # Tensors of inference mode have no version, and what is made there could not enter a later gradient.
+        if torch.is_inference_mode_enabled() or any(u.is_inference() for u in flat):
+            return self._sorted(own)
+        state = state_of(flat)
+        if self._sorted_couplings is None or not same_state(state, self._sorted_for):
+            with torch.no_grad():
+                self._sorted_couplings, self._sorted_for = self._sorted(own), state
+        return self._sorted_couplings
+
+    def _sorted(self, own: list[list[Tensor]]) -> list[list[Tensor]]:
         found = []
-        for degree in range(max(self.correlations) - 1, -1, -1):
-            all_of_them = list(product(range(self.n), repeat=degree))
-            number = {m: i for i, m in enumerate(combinations_with_replacement(range(self.n), degree))}
-            found.append(torch.tensor([number[tuple(sorted(m))] for m in all_of_them]))
+        for k in range(max(self.correlations), 0, -1):
+            all_of_them = list(product(range(self.n), repeat=k - 1))
+            number = {m: i for i, m in enumerate(combinations_with_replacement(range(self.n), k - 1))}
+            of_each = torch.tensor([number[tuple(sorted(m))] for m in all_of_them])
+            of_degree = []
+            for contraction, couplings, width in zip(self.contractions, own, self.widths, strict=True):
+                if k > contraction.correlation:
+                    of_degree.append(couplings[0].new_zeros(0, len(number), width, self.n))
+                    continue
+                u = couplings[contraction.correlation - k]
+                u = u.reshape(width, len(all_of_them), self.n, u.shape[-1])
+                summed = u.new_zeros(width, len(number), self.n, u.shape[-1])
+                summed = summed.index_add(1, of_each.to(u.device), u)
+                of_degree.append(summed.permute(3, 1, 0, 2).contiguous())
+            found.append(of_degree)
         return found
 
     def _atoms_by_element(self, y: Tensor) -> tuple[Tensor, dict[int, int], Tensor]:
@@ -173,7 +206,8 @@ class TableContraction:
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: without the tables, which are made again."""
-        return {**self.__dict__, "_kept": {}, "_kept_for": State(), "_grouped": None}
+        kept: dict[str, object] = {"_kept": {}, "_kept_for": State(), "_sorted_couplings": None, "_sorted_for": State()}
+        return {**self.__dict__, **kept, "_grouped": None}
 
 
 def _next(monomials: Tensor, a: Tensor) -> Tensor:
