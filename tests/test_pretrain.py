@@ -292,8 +292,8 @@ def test_start_that_does_not_exist_writes_nothing(few: Path, tmp_path: Path) -> 
 
 def test_shipped_set_is_whole_and_split_by_composition() -> None:
     e0, device = read_e0(PBE), torch.device("cpu")
-    sizes = {"train-0": 555, "train-1": 185, "train-2": 229, "train-3": 294}
-    sizes |= {"valid": 62, "valid-1": 17, "valid-2": 21, "valid-3": 28}
+    sizes = {"train-0": 555, "train-1": 185, "train-2": 229, "train-3": 294, "train-4": 188}
+    sizes |= {"valid": 62, "valid-1": 17, "valid-2": 21, "valid-3": 28, "valid-4": 4}
     compositions: dict[str, set[tuple[int, ...]]] = {"train": set(), "valid": set()}
     for name, size in sizes.items():
         s = PackedSet([PBE / f"{name}.npz"], e0=e0, elements=ELEMENTS, device=device)
@@ -315,7 +315,7 @@ def test_shipped_set_is_whole_and_split_by_composition() -> None:
 
 def test_no_benchmark_is_in_the_shipped_set() -> None:
     left_out = {tuple(sorted(atomic_numbers[s] for s in Formula(text))) for text in choose.LEFT_OUT}
-    for name in (f"{kind}-{number}" for kind in ("train", "valid") for number in (1, 2, 3)):
+    for name in (f"{kind}-{number}" for kind in ("train", "valid") for number in (1, 2, 3, 4)):
         arrays = read_arrays([PBE / f"{name}.npz"])
         ends = np.cumsum(arrays["n_atoms"].astype(int))
         found = {tuple(sorted(part.tolist())) for part in np.split(arrays["numbers"], ends[:-1])}
@@ -470,6 +470,26 @@ def test_a_second_file_of_a_set_holds_other_structures(monkeypatch: pytest.Monke
     assert len(whole) == counts["train-0"] + again["train-1"]
     with pytest.raises(DataError, match="already: give that set to `label --skip`"):
         label.pack(raw, out=made, e0=PBE / "e0.json", valid_fraction=0.3, number=2)
+
+
+@pytest.mark.parametrize("valid_fraction", [0.0, 1.0])
+def test_a_composition_stays_on_its_side(valid_fraction: float, tmp_path: Path) -> None:
+    made, raw = tmp_path / "set", tmp_path / "raw"
+    made.mkdir()
+    raw.mkdir()
+    for name in ("train-0.npz", "valid.npz", "walls.npz"):  # walls are no structures of the set
+        (made / name).write_bytes((PBE / name).read_bytes())
+    first = {}
+    for k, name in enumerate(("train-0", "valid")):
+        arrays = read_arrays([PBE / f"{name}.npz"])
+        n = int(arrays["n_atoms"][0])
+        own = {key: arrays[key][:n] for key in ("numbers", "positions", "forces")}
+        np.savez(raw / f"{k}.npz", **own, energy=arrays["energy"][0], index=10**9 + k)
+        first[name] = own["numbers"]
+    counts = label.pack(raw, out=made, e0=PBE / "e0.json", valid_fraction=valid_fraction, number=1)
+    assert counts == {"train-1": 1, "valid-1": 1}
+    for name, numbers in first.items():
+        assert (read_arrays([made / f"{name.split('-')[0]}-1.npz"])["numbers"] == numbers).all()
 
 
 def test_packing_nothing_is_an_error(tmp_path: Path) -> None:

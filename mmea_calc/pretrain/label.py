@@ -227,8 +227,8 @@ def pack(
     energies = read_e0(raw if e0 is None else e0.parent)
     train, valid = f"train-{number}", f"valid-{number}" if number else "valid"
     sets: dict[str, list[dict[str, np.ndarray]]] = {train: [], valid: []}
-    others = [file for file in sorted(out.glob("*.npz")) if file.stem not in sets]
-    known = set(indices(others))
+    others = [f for kind in ("train", "valid") for f in sorted(out.glob(f"{kind}*.npz")) if f.stem not in sets]
+    known, sides = set(indices(others)), _sides(others)
     for file in sorted(raw.glob("[0-9]*.npz")):
         with np.load(file, allow_pickle=False) as content:
             structure = dict(content)
@@ -236,8 +236,9 @@ def pack(
             raise DataError(f"{file} is in {out} already: give that set to `label --skip`, or move the file away")
         if np.abs(structure["forces"]).max() < LARGEST_FORCE:
             # a molecule's structures all go to the same side, in every later packing too
-            share = zlib.crc32(bytes(sorted(structure["numbers"].tolist()))) % 1000 / 1000
-            sets[valid if share < valid_fraction else train].append(structure)
+            composition = bytes(sorted(structure["numbers"].tolist()))
+            aside = sides.get(composition, zlib.crc32(composition) % 1000 / 1000 < valid_fraction)
+            sets[valid if aside else train].append(structure)
     if empty := [name for name, members in sets.items() if not members]:
         raise DataError(f"{raw} gives no structures for {' and '.join(empty)}; label more, or change valid_fraction")
     if xtb:
@@ -255,6 +256,16 @@ def pack(
         write_arrays(out / f"{name}.npz", **arrays)
     describe(out, energies, LEVEL_OF_THEORY)
     return {name: len(members) for name, members in sets.items()}
+
+
+def _sides(files: Sequence[Path]) -> dict[bytes, bool]:
+    """Composition -> whether its structures in these files are set aside for validation."""
+    found = {}
+    for file in files:
+        arrays = read_arrays([file])
+        for span in spans(arrays):
+            found[bytes(sorted(arrays["numbers"][span].tolist()))] = file.stem.startswith("valid")
+    return found
 
 
 def xtb_energy_and_forces(numbers: np.ndarray, positions: np.ndarray, *, unpaired: int = 0) -> tuple[float, np.ndarray]:
