@@ -38,6 +38,7 @@ EMBEDDED: dict[str, str] = {
     "mmea-organic-s2": "the same shape, trained further in both stages: a fifth less error on molecules never seen",
     "mmea-organic-s2-xtb": "mmea-organic-s2 before its PBE stage, GFN2-xTB",
     "mmea-organic-s3": "the same shape, trained on 30,000 molecules of GFN2-xTB brought near PBE, and on PBE",
+    "mmea-organic-s4": "the same on 60,000 molecules, with pair repulsion and a wall for every pair of elements",
 }
 
 _TRUST_PICKLE = (

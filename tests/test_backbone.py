@@ -117,6 +117,7 @@ FINGERPRINTS = {
     "mmea-organic-s-xtb": "d5980aba7155872f9c6ebb6a7b32499faeb73e1146b77b8165b95492bbc44774",
     "mmea-organic-s2": "d753a8afae269cca1c76243f9bb1255bc2ca0b9b8bc5843a99205464aed8e158",
     "mmea-organic-s3": "17a4aeae59e88ecff291206c159538444bed5ba11e12b03b9f2e44371b6b3eb5",
+    "mmea-organic-s4": "d710a3e4a60e31244407a5fc05e2e049a0b93e1d1f0a7422d8beb178f4be93af",
     "mmea-organic-s2-xtb": "57cc1c018420d522192ebf58157aa4dc9639b95e07b2b16484ff253255321e12",
 }
 
