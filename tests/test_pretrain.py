@@ -483,7 +483,7 @@ def test_a_composition_stays_on_its_side(valid_fraction: float, tmp_path: Path) 
     for k, name in enumerate(("train-0", "valid")):
         arrays = read_arrays([PBE / f"{name}.npz"])
         n = int(arrays["n_atoms"][0])
-        own = {key: arrays[key][:n] for key in ("numbers", "positions", "forces")}
+        own: dict[str, Any] = {key: arrays[key][:n] for key in ("numbers", "positions", "forces")}
         np.savez(raw / f"{k}.npz", **own, energy=arrays["energy"][0], index=10**9 + k)
         first[name] = own["numbers"]
     counts = label.pack(raw, out=made, e0=PBE / "e0.json", valid_fraction=valid_fraction, number=1)
