@@ -40,9 +40,12 @@ def printed(code: str) -> list[int]:
 
 
 def test_a_large_block_that_was_freed_keeps_small_calls_in_place() -> None:
-    before, after = printed("print(in_later_calls(20, 1)); memory.keep_small_blocks(); print(in_later_calls(20, 1))")
-    assert before > 3000  # 20 MB are some 5,000 pages of 4 kB
-    assert after < 300
+    code = "print(in_later_calls(20, 1)); memory.keep_small_blocks(); print(in_later_calls(20, 1))"
+    runs = [printed(code) for _ in range(5)]
+    # 20 MB are some 5,000 pages of 4 kB. Now and then something small lies at the end of the heap, by where the system
+    # put it, and keeps what is below it.
+    assert max(before for before, _ in runs) > 3000
+    assert max(after for _, after in runs) < 300
 
 
 def test_a_process_that_keeps_all_it_frees_clears_no_page_twice() -> None:
