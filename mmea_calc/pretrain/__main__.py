@@ -122,7 +122,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 1 for a failure told in one line."""
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
-    keep_freed_memory()
     try:
         if command == "train":
             from .train import PretrainConfig, pretrain
@@ -196,4 +195,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())
