@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -149,6 +151,11 @@ def _check_targets(config: AdapterConfig, names: Iterable[str]) -> None:
             f"nothing that method {config.method!r} adapts matches the targets {idle}; expected shell-style patterns "
             "of module names, such as 'interactions.*'"
         )
+
+
+# Asked for at every call of a network: no loops of Python's own.
+_hooks_of = attrgetter("_forward_pre_hooks", "_forward_hooks")
+_switches_of = attrgetter("calibrated", "recording", "active")
 
 
 def _selector(method: Method, config: AdapterConfig) -> Callable[[str], bool]:
@@ -383,13 +390,13 @@ class Adapter:
     @property
     def observed(self) -> bool:
         """Whether somebody else looks into the gates at present, by hooks that all of their calls should reach."""
-        return any(gate._forward_pre_hooks or gate._forward_hooks for gate in self.gates.values())
+        return any(chain.from_iterable(map(_hooks_of, self.gates.values())))
 
     def situation(self) -> tuple[object, ...]:
         """Equal as long as the adapted network takes the same steps, whatever its values are."""
         fade = self.short_range
         known = fade is not None and (fade.calibrated, fade.recording)
-        return self._enabled, self._merged, known, *((g.calibrated, g.recording, g.active) for g in self.gates.values())
+        return self._enabled, self._merged, known, *map(_switches_of, self.gates.values())
 
     # -- values --------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ from .errors import CompilationError
 from .graph import Batch
 from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
 from .parts import Part, Parts
-from .tensor_state import State, same_state, state_of
+from .tensor_state import Watched
 from .tracing import Inputs, contraction_forms, example, trace
 
 # A batch is computed plainly where its tables have more slots than this, and this many times as many as it has edges:
@@ -93,10 +93,8 @@ class CompiledNetwork:
         self.network, self.adapter = network, adapter
         self._program = Program(path, next(network.parameters()).device)
         self._forms = contraction_forms(network)
-        # A module keeps its dictionaries for life, while a change of precision replaces the buffers in them.
-        self._stores = [store for m in network.modules() for store in (m._parameters, m._buffers) if store]
+        self._watched = Watched(store for m in network.modules() for store in (m._parameters, m._buffers))
         self._values: list[Tensor] = []
-        self._values_for = State()
         self._parts = Parts(None)
         self._atoms_per_thread = atoms_in_cache(network)
         self._tables: dict[tuple[int, ...], list[list[Tensor]]] = {}
@@ -132,9 +130,7 @@ class CompiledNetwork:
         return lambda *inputs: program(list(inputs), values)
 
     def _renew(self) -> None:
-        state = state_of([t for store in self._stores for t in store.values() if t is not None])
-        if not same_state(state, self._values_for):
-            self._values_for = state
+        if self._watched.changed():
             self._values = self._program.values(_sources(self.network, self.adapter))
             self._tables.clear()
 
@@ -237,10 +233,12 @@ class Programs:
         if adapter is not None and not (adapter.merged and adapter.enabled and not adapter.observed):
             return (), None
         key = (adapter, *_situation(self.backbone, adapter, stress))
-        if key not in self._known:
+        try:
+            return key, self._known[key]
+        except KeyError:
             self._known = {k: v for k, v in self._known.items() if k[0] is adapter}  # others may be gone for ever
             self._known[key] = self._open(adapter, stress=stress)
-        return key, self._known[key]
+            return key, self._known[key]
 
     def _open(self, adapter: Adapter | None, *, stress: bool) -> _Opened | None:
         network = self.backbone.network

@@ -15,15 +15,15 @@ four. There they are sums (`WrittenOut`) that the compiler joins with what stand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arrangement import stage
-from .gates import MagnitudeGate, Packed
+from .gates import Bounds, MagnitudeGate, Packed
 from .tensor_state import State, same_state, state_of
 
 
@@ -39,8 +39,9 @@ class FrozenGate:
     def __init__(self, gate: MagnitudeGate) -> None:
         self.gate = gate
         # A module keeps its dictionaries for life, while a change of precision replaces what is in them.
-        self._stores: list[dict[str, nn.Parameter | None]] = [
-            m._parameters for m in gate.modules() if isinstance(m, nn.Linear)
+        self._stores: list[Mapping[str, Tensor | None]] = [
+            *(m._parameters for m in gate.modules() if isinstance(m, nn.Linear)),
+            gate._buffers,
         ]
         self._written: WrittenOut
         self._spread: Packed
@@ -65,7 +66,7 @@ class FrozenGate:
 
     def constants(self) -> dict[str, Tensor]:
         """Name -> the weights that a compiled network computes with, as they are now."""
-        return self._written._asdict() if self._renewed() else {}
+        return {"values": self._written.values} if self._renewed() else {}
 
     def _renewed(self) -> bool:
         """Have all weights as they are now; False where that cannot be told."""
@@ -76,7 +77,7 @@ class FrozenGate:
         if not same_state(state, self._kept_for):
             with torch.no_grad():
                 packed = Packed(*(t.detach() for t in self.gate.packed()))
-                self._written, self._spread = WrittenOut.of(packed), self._spread_out(packed)
+                self._written, self._spread = WrittenOut(packed, self.gate.bounds()), self._spread_out(packed)
             self._kept_for = state
         return True
 
@@ -96,34 +97,43 @@ class FrozenGate:
         return Packed(packed.down, packed.down_bias, heads.flatten(0, 1), bias.flatten())
 
 
-class WrittenOut(NamedTuple):
-    """The two layers of a gate (`gates.Layers`) with their products as sums, and no gradient for their weights.
+class WrittenOut:
+    """The layers of a gate (`gates.Layers`) with their products as sums, and no gradient for their weights.
+
+    All of their values are one tensor: every tensor that a program takes costs a call part of a microsecond.
+
+    Args:
+        packed: the weights.
+        bounds: where z levels off.
 
     Attributes:
-        down, down_bias: (width of z, m0), (width of z,).
-        heads, heads_bias: (k0 + k1, width of z), (k0 + k1,).
-        up, from_heads: `down` and `heads` transposed. A sum and its gradient run over different sides of a matrix, and
-            what is not summed over must lie side by side to be computed side by side.
+        values: one after the other, (n,): `down` (width of z, m0), its bias, `heads` (k0 + k1, width of z), their bias,
+            the bounds, then `down` and `heads` transposed. A sum and its gradient run over different sides of a
+            matrix, and what is not summed over must lie side by side to be computed side by side.
     """
 
-    down: Tensor
-    down_bias: Tensor
-    heads: Tensor
-    heads_bias: Tensor
-    up: Tensor
-    from_heads: Tensor
+    def __init__(self, packed: Packed, bounds: Bounds) -> None:
+        parts = [*packed, *bounds, packed.down.T, packed.heads.T]
+        self._shapes = [part.shape for part in parts]
+        self.values = torch.cat([part.flatten() for part in parts])
 
-    @classmethod
-    def of(cls, packed: Packed) -> WrittenOut:
-        return cls(*packed, packed.down.T.contiguous(), packed.heads.T.contiguous())
+    def _parts(self) -> list[Tensor]:
+        """Views, made anew each time: what looks at them sees one tensor."""
+        sizes = [shape.numel() for shape in self._shapes]
+        return [part.view(shape) for part, shape in zip(self.values.split(sizes), self._shapes, strict=True)]
+
+    def bounds(self) -> Bounds:
+        return Bounds(*self._parts()[4:7])
 
     def bottleneck(self, h0: Tensor) -> Tensor:
-        return _Sum.apply(h0, self.up, self.down) + self.down_bias
+        down, bias, *_, up, _ = self._parts()
+        return _Sum.apply(h0, up, down) + bias
 
     def parts(self, z: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        _, _, heads, bias, *_, from_heads = self._parts()
         size = list(sizes)
-        each = zip(self.from_heads.split(size, dim=1), self.heads.split(size), self.heads_bias.split(size), strict=True)
-        return [_Sum.apply(z, columns, rows) + bias for columns, rows, bias in each]
+        each = zip(from_heads.split(size, dim=1), heads.split(size), bias.split(size), strict=True)
+        return [_Sum.apply(z, columns, rows) + shift for columns, rows, shift in each]
 
 
 class _Sum(torch.autograd.Function):

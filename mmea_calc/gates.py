@@ -204,13 +204,22 @@ class MagnitudeGate(nn.Module):
         parts = [x[..., s] for s in self.scalars]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def level_off(self, z: Tensor) -> Tensor:
-        """z (..., r) as it is inside the range seen in training, and bounded outside (the module's last equation)."""
+    def bounds(self) -> Bounds:
+        """Of z, for `level_off`."""
+        return Bounds(self.z_low, self.z_high, MARGIN * self._range_width())
+
+    def level_off(self, z: Tensor, bounds: Bounds | None = None) -> Tensor:
+        """z (..., r) as it is inside the range seen in training, and bounded outside (the module's last equation).
+
+        Args:
+            z: of the bottleneck.
+            bounds: `bounds()` if they are known from before.
+        """
         # Inside the range nothing happens, to the last bit, and to ask first is cheaper; a GPU would have to wait.
         ask = z.device.type == "cpu" and stage() is None
         if ask and torch.equal(torch.clamp(z.detach(), self.z_low, self.z_high), z.detach()):
             return z
-        return _LevelOff.apply(z, self.z_low, self.z_high, MARGIN * self._range_width())
+        return _LevelOff.apply(z, *(self.bounds() if bounds is None else bounds))
 
     def _range_width(self) -> Tensor:
         return torch.clamp(self.z_high - self.z_low, min=MIN_RANGE_WIDTH)
@@ -261,7 +270,7 @@ class MagnitudeGate(nn.Module):
     def _phi(self, g: Tensor) -> Tensor:
         return torch.exp(g) if self.phi == "exp" else 1 + g  # eqs. 5, 6
 
-    def _bounded(self, z: Tensor) -> Tensor:
+    def _bounded(self, z: Tensor, bounds: Bounds | None = None) -> Tensor:
         """z as the heads see it; its range is recorded where that is asked for."""
         if self.recording:
             flat = z.detach().reshape(-1, z.shape[-1])
@@ -269,7 +278,7 @@ class MagnitudeGate(nn.Module):
                 self.z_low.copy_(torch.minimum(self.z_low, flat.amin(0)))
                 self.z_high.copy_(torch.maximum(self.z_high, flat.amax(0)))
         elif self.saturate and self.calibrated:
-            return self.level_off(z)
+            return self.level_off(z, bounds)
         return z
 
     def packed(self) -> Packed:
@@ -291,7 +300,7 @@ class MagnitudeGate(nn.Module):
         pieces = now.split(x, self.blocks)
         h0 = _stacked([pieces[i] for i in self.scalar_blocks], dim=-1)
         z = layers.bottleneck(h0)
-        z = self._bounded(F.silu(z) if self.nonlinearity else z)
+        z = self._bounded(F.silu(z) if self.nonlinearity else z, layers.bounds())
         heads = iter(layers.parts(z, self.head_sizes))
         shifts = [next(heads) for irrep in self.irreps if irrep.kind == "shift"]
         gains = {first: self._phi(next(heads)) for first in self.firsts}
@@ -310,8 +319,19 @@ class MagnitudeGate(nn.Module):
         return f"rank={self.rank}, phi={self.phi}, saturate={self.saturate}, calibrated={self.calibrated}"
 
 
+class Bounds(NamedTuple):
+    """Where z levels off: low, high and w of the module's last equation, each (width of z,)."""
+
+    low: Tensor
+    high: Tensor
+    w: Tensor
+
+
 class Layers(Protocol):
     """The weights of a gate as two layers: h0 -> z and z -> (g0, g)."""
+
+    def bounds(self) -> Bounds | None:
+        """Of z; None: the gate's own."""
 
     def bottleneck(self, h0: Tensor) -> Tensor:
         """(..., m0) -> (..., width of z), before it is bent."""
@@ -352,6 +372,9 @@ class Packed(NamedTuple):
     down_bias: Tensor
     heads: Tensor
     heads_bias: Tensor
+
+    def bounds(self) -> None:
+        return None
 
     def bottleneck(self, h0: Tensor) -> Tensor:
         return F.linear(h0, self.down, self.down_bias)

@@ -26,7 +26,7 @@ from .mace_bridge import quiet
 from .memory import keep_small_blocks
 from .tracing import Traced, place_of
 
-PROGRAM_VERSION = 3
+PROGRAM_VERSION = 4
 
 
 def program_folder() -> Path:

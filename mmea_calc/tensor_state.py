@@ -7,13 +7,15 @@ version by design, do. Tensors of inference mode have no version.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from operator import attrgetter, is_
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from typing import NamedTuple
 
 from torch import Tensor
 
 _versions_of = attrgetter("_version")
+_values_of = methodcaller("values")
 
 
 class State(NamedTuple):
@@ -46,3 +48,31 @@ def same_state(one: State, other: State) -> bool:
 
 def _same_setting(one: object, other: object) -> bool:
     return one is other or (not isinstance(one, Tensor) and one == other)
+
+
+class Watched:
+    """The tensors of modules, and whether any of them has changed; asked for at every call of a network as well.
+
+    Args:
+        stores: dictionaries of modules. A module keeps them for life, while a change of precision replaces what is in
+            them.
+    """
+
+    def __init__(self, stores: Iterable[Mapping[str, Tensor | None]]) -> None:
+        self._stores = [store for store in stores if store]
+        self._found: Sequence[Tensor | None] = ()
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._addresses: list[int] = []
+
+    def changed(self) -> bool:
+        """Whether they are others than at the last call of this; true at the first."""
+        found: list[Tensor | None] = list(chain.from_iterable(map(_values_of, self._stores)))
+        same = len(found) == len(self._found) and all(map(is_, found, self._found))
+        if not same:
+            self._found = found
+            self._tensors = [t for t in found if t is not None and t.numel()]  # nothing in the others can change
+        versions, addresses = list(map(_versions_of, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
+        same = same and versions == self._versions and addresses == self._addresses
+        self._versions, self._addresses = versions, addresses
+        return not same

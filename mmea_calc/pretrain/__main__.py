@@ -38,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="folder to write")
     sample.add_argument("--seed", type=int, default=0)
 
+    small = commands.add_parser("small", help="very small molecules, pairs and clusters by GFN2-xTB, for label --data")
+    small.add_argument("--out", type=Path, required=True, help="folder to write")
+    small.add_argument("--seed", type=int, default=0)
+
     label = commands.add_parser("label", help="PBE/def2-SVP labels with PySCF, one file per structure; resumable")
     label.add_argument("--data", type=Path, required=True, help="folder with train-*.npz to draw geometries from")
     label.add_argument("--out", type=Path, required=True, help="folder for the labelled structures")
@@ -153,6 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             count = sample(open_potential(options.pop("by")), **options, progress=lambda line: print(line, flush=True))
             print(f"{options['out']}: {count} structures")
+        elif command == "small":
+            from .small import small
+
+            print(f"{options['out']}: {small(**options, progress=lambda line: print(line, flush=True))} structures")
         elif command == "pool":
             from .pool import pool
 

@@ -10,7 +10,7 @@ molecules alone and the water dimer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -72,17 +72,27 @@ def sample(
     kept = [i for i in rng.permutation(len(found)) if float(forces[i].abs().max()) < LARGEST_FORCE]
     if not kept:
         raise MMEAError("no frame is left: the potential does not hold these molecules together")
+    write_frames(out, [(found[i], float(energies[i]), forces[i].numpy()) for i in kept])
+    return len(kept)
+
+
+def write_frames(
+    out: Path, frames: Sequence[tuple[Atoms, float, np.ndarray]], order: Sequence[int] | None = None
+) -> None:
+    """Structures with energies (eV) and forces (eV/A) as OUT/train-0.npz, and which of them are for labels, all if not
+    given, as OUT/order.npz.
+    """
+    structures, energies, forces = zip(*frames, strict=True)
     out.mkdir(parents=True, exist_ok=True)
     write_arrays(
         out / "train-0.npz",
-        numbers=np.concatenate([found[i].numbers for i in kept]).astype(np.uint8),
-        n_atoms=np.array([len(found[i]) for i in kept], np.uint8),
-        positions=np.concatenate([found[i].positions for i in kept]).astype("f4"),
-        forces=np.concatenate([forces[i].numpy() for i in kept]).astype("f4"),
-        energy=np.array([float(energies[i]) for i in kept]),
+        numbers=np.concatenate([atoms.numbers for atoms in structures]).astype(np.uint8),
+        n_atoms=np.array([len(atoms) for atoms in structures], np.uint8),
+        positions=np.concatenate([atoms.positions for atoms in structures]).astype("f4"),
+        forces=np.concatenate(forces).astype("f4"),
+        energy=np.array(energies),
     )
-    write_arrays(out / "order.npz", index=np.arange(len(kept)))
-    return len(kept)
+    write_arrays(out / "order.npz", index=np.arange(len(frames)) if order is None else np.array(order))
 
 
 def single_molecules() -> list[Atoms]:
@@ -122,4 +132,4 @@ def _nearest(one: Atoms, other: Atoms) -> float:
     return float(np.linalg.norm(one.positions[:, None] - other.positions[None], axis=-1).min())
 
 
-__all__ = ["PARTNERS", "sample", "single_molecules", "touching_pairs"]
+__all__ = ["PARTNERS", "sample", "single_molecules", "touching_pairs", "write_frames"]
