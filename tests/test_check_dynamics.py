@@ -76,7 +76,7 @@ def test_atoms_reach_the_temperature_at_the_end_of_the_ramp() -> None:
 def test_the_bound_of_the_temperature_rises_with_the_ramp() -> None:
     config = MDConfig(temperatures_K=(300.0,), heating_K_per_ps=1000.0, time_ps=1.0)
     monitor = Simulation(Morse(), [triatomic()], config).monitor  # type: ignore[arg-type]
-    assert float(monitor._make_bounds(2000)[1, 0] / monitor._make_bounds(0)[1, 0]) == pytest.approx(1300 / 300)
+    assert float(monitor.bounds_after(2000)[1, 0] / monitor.bounds_after(0)[1, 0]) == pytest.approx(1300 / 300)
 
 
 def test_heating_needs_a_thermostat_and_ends_above_zero() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,10 +190,33 @@ def test_a_network_that_does_not_end_at_its_cutoff_keeps_single_steps_and_says_s
     assert_the_same(row, simulate((pair + other,), 8, blocks=False, of=potential(None, **network)))
 
 
-def test_heating_is_done_step_by_step() -> None:
-    row = simulate((ethanol(),), 8, blocks=True, heating_K_per_ps=100.0)
+def test_the_bath_is_heated_in_recorded_steps_too() -> None:
+    heated: dict[str, Any] = dict(heating_K_per_ps=20000.0, time_ps=0.05)
+    row = simulate((ethanol(), crystal()), 24, blocks=True, **heated)
     assert row.blocks is not None
-    assert row.blocks.n_taken == 0
+    assert row.blocks.n_taken == 24
+    assert_the_same(row, simulate((ethanol(), crystal()), 24, blocks=False, **heated))
+    # 240 K more at the end than without: another run
+    assert not torch.allclose(row.state.velocities, simulate((ethanol(), crystal()), 24, blocks=True).state.velocities)
+
+
+@pytest.mark.parametrize("heating", [0.0, 1e6])
+def test_bounds_rise_with_the_bath_in_recorded_steps_too(heating: float) -> None:
+    """Twice the bath's temperature and more is too hot: for a hot start in a cold bath, not in one that is heated."""
+    asked: dict[str, Any] = dict(max_temperature_K=None, temperatures_K=(30.0,), heating_K_per_ps=heating, time_ps=0.02)
+    both = []
+    for blocks in (True, False):
+        config = MDConfig(**{**SETTINGS, **asked})
+        simulation = Simulation(potential(), (ethanol(),), config, skin=1.0, blocks=blocks)
+        simulation.start()
+        simulation.state = replace(simulation.state, velocities=7 * simulation.state.velocities)
+        simulation.advance(8)
+        both.append(simulation)
+    row, single = both
+    assert row.blocks is not None
+    assert bool(row.monitor.alive) == bool(single.monitor.alive) == (heating > 0)
+    assert row.blocks.n_taken == (8 if heating else 0)
+    assert_the_same(row, single)
 
 
 def test_many_edges_are_not_worth_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Blocks:
 
     def __init__(self, simulation: Simulation) -> None:
         self.simulation = simulation
-        self.usable = not simulation.config.heating_K_per_ps  # bounds and bath change from step to step then
+        self.usable = True
         self.n_taken = 0
         self._kept: dict[int, _Steps] = {}
         self._values = Values()
@@ -150,13 +150,15 @@ class _Steps:
         self.alive = self.monitor.alive.clone()
         self.made_at = torch.zeros_like(state.positions)
         self.listed = self.forces.neighbours.listed
-        self.noise = torch.zeros(LONGEST, n_atoms, 3, dtype=torch.float64, device=device)
+        # What differs from step to step: the thermostat's part, and bounds while it is heated.
+        self.kicks = torch.zeros(LONGEST, n_atoms, 3, dtype=torch.float64, device=device)
+        self.bounds = self.monitor.bounds_after(state.step).repeat(LONGEST, 1, 1)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
         self.trouble = torch.zeros((), dtype=torch.bool, device=device)
         self.excess: Tensor | None = None
         self.integrator: Integrator = copy.copy(simulation.integrator)
         if isinstance(self.integrator, BAOAB):
-            self.integrator.noise = lambda step: self.noise.index_select(0, self.turn)[0]
+            self.integrator.kick = lambda step: self.kicks.index_select(0, self.turn)[0]
         self._closest = self._doubt = self.trouble
         self._recordings: dict[bool, Recording[None]] = {}
 
@@ -164,7 +166,7 @@ class _Steps:
         """n steps from where the simulation is, gates watched in the last one if asked for; None in trouble."""
         start = self.simulation.state
         kinds = [look and k == n - 1 for k in range(n)]
-        self.turn.zero_()  # recording takes steps, and there is noise for `LONGEST` of them
+        self.turn.zero_()  # recording takes steps, and there are kicks for `LONGEST` of them
         for watched in set(kinds) - set(self._recordings):
             network = FixedNetwork(self.forces.potential, self.forces.batch, self.table, plainly=watched)
             function = partial(self._watched_step if watched else self._step, network)
@@ -181,7 +183,7 @@ class _Steps:
         return [] if self.excess is None else [self.excess.clone()]
 
     def _load(self, pairs: Pairs, n: int) -> None:
-        """Take over where the simulation is, and the noise of n steps."""
+        """Take over where the simulation is, and what n steps need of the thermostat."""
         state, neighbours = self.simulation.state, self.forces.neighbours
         for mine, value in zip(_tensors(self.state), _tensors(state), strict=True):
             mine.copy_(value)
@@ -195,7 +197,10 @@ class _Steps:
             self.made_at.copy_(neighbours.made_at)
         if isinstance(self.simulation.integrator, BAOAB):
             for k in range(n):
-                self.noise[k].copy_(self.simulation.integrator.noise(state.step + k))
+                self.kicks[k].copy_(self.simulation.integrator.kick(state.step + k))
+        if self.simulation.config.heating_K_per_ps:
+            for k in range(n):
+                self.bounds[k].copy_(self.monitor.bounds_after(state.step + k + 1))
         self.alive.copy_(self.monitor.alive)
         self.turn.zero_()
         self.trouble.zero_()
@@ -218,7 +223,7 @@ class _Steps:
 
     def _step(self, network: FixedNetwork) -> None:
         new = self.integrator.step(self.state, partial(self._forces_of, network))
-        _, beyond = self.monitor.measured(new, self._closest)
+        _, beyond = self.monitor.measured(new, self._closest, self.bounds.index_select(0, self.turn)[0])
         trouble = (self.alive & beyond.any(0)).any() | self._doubt
         neighbours = self.forces.neighbours
         if neighbours.made_at is not None:

@@ -66,6 +66,7 @@ class BAOAB:
         # 1 - c^2 without cancellation
         self._lost = -math.expm1(-2 * friction * timestep)
         self._spread = torch.sqrt(self._lost * layout.kT / layout.masses)
+        self.kick: Callable[[int], Tensor] = self._kick  # recorded steps have theirs prepared (`blocks`)
 
     def spread(self, step: int) -> Tensor:
         """Standard deviation of the velocity that O adds in the step after `step` steps, (n_atoms, 1)."""
@@ -74,13 +75,17 @@ class BAOAB:
         kT = self.layout.kT + BOLTZMANN * self.heating * step
         return torch.sqrt(self._lost * kT / self.layout.masses)
 
+    def _kick(self, step: int) -> Tensor:
+        """What O adds to the velocities in the step after `step` steps, (n_atoms, 3)."""
+        return self.spread(step) * self.noise(step)
+
     def step(self, state: State, force_field: ForceField) -> State:
         half, m, kinetic_energy = 0.5 * self.timestep, self.layout.masses, self.layout.kinetic_energy
         x, v, f = state.positions, state.velocities, state.forces
         v = v + half * f / m  # B
         x = x + half * v  # A
         before = kinetic_energy(v)
-        v = self.c * v + self.spread(state.step) * self.noise(state.step)  # O
+        v = self.c * v + self.kick(state.step)  # O
         heat = state.heat + (kinetic_energy(v) - before)
         x = x + half * v  # A
         energy, f = force_field(x)

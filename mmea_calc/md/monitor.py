@@ -73,13 +73,13 @@ class Monitor:
         self._code = torch.zeros(n, dtype=torch.int64, device=device)
         self._step = torch.zeros(n, dtype=torch.int64, device=device)
         self._value = torch.zeros(n, dtype=torch.float64, device=device)
-        self._bounds = self._make_bounds(0)
+        self._bounds = self.bounds_after(0)
         self._bonds: Pairs | None = None
         self.events: list[Event] = []
         self._told: set[tuple[str, str]] = set()
 
-    def _make_bounds(self, step: int) -> Tensor:
-        """(4, n_replicas): of the measures of `check`, in their order."""
+    def bounds_after(self, step: int) -> Tensor:
+        """Bounds after so many steps, (4, n_replicas): of the measures of `check`, in their order."""
         config, dof = self.config, self.layout.degrees_of_freedom
         asked = self.layout.temperatures_K + config.heating_K_per_ps * step * config.timestep_fs / 1000
         # The temperature of n degrees of freedom has the standard deviation T sqrt(2 / n).
@@ -99,8 +99,8 @@ class Monitor:
     def check(self, state: State) -> Tensor:
         """Mark the replicas that failed in the step that led to `state`; returns `alive`. Nothing is synchronised."""
         if self.config.heating_K_per_ps:
-            self._bounds = self._make_bounds(state.step)
-        measures, beyond = self.measured(state, self.forces.closest())
+            self._bounds = self.bounds_after(state.step)
+        measures, beyond = self.measured(state, self.forces.closest(), self._bounds)
         failed = self.alive & beyond.any(0)
         cause = beyond.int().argmax(0)
         self._code = torch.where(failed, cause + 1, self._code)
@@ -109,12 +109,13 @@ class Monitor:
         self.alive = self.alive & ~failed
         return self.alive
 
-    def measured(self, state: State, closest: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(self, state: State, closest: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
         """What a replica may fail by, and whether it is beyond its bound, (4, n_replicas) each; changes nothing.
 
         Args:
             state: of the dynamics.
             closest: `ReplicaForces.closest` for it, (n_replicas,).
+            bounds: `bounds_after` its steps.
         """
         layout = self.layout
         kinetic = layout.kinetic_energy(state.velocities)
@@ -124,7 +125,7 @@ class Monitor:
         measures = torch.stack(
             [bad.double(), layout.temperature(kinetic), torch.sqrt(layout.largest(force2)), -closest]
         )
-        return measures, ~(measures <= self._bounds)
+        return measures, ~(measures <= bounds)
 
     # -- every sample --------------------------------------------------------------------------------------------
 
