@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import OwnBackbone, OwnDevice, OwnDtype, OwnHead
+from .options import OwnBackbone, OwnDevice, OwnDtype, OwnHead, OwnKernels
 from .progress import duration
 from .units import femtoseconds, per_femtosecond
 
@@ -79,6 +79,7 @@ def md(
     head: OwnHead = None,
     device: OwnDevice = None,
     dtype: OwnDtype = None,
+    kernels: OwnKernels = "own",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run molecular dynamics: every structure at every temperature, all replicas as one batch."""
@@ -98,7 +99,7 @@ def md(
     config = MDConfig(**{k: v for k, v in flags.items() if v is not None})
     folder = output or start.with_suffix(".md")
     summary = _run(
-        adapter, start, folder, config, backbone, head, dict(resume=resume, overwrite=overwrite, force=force)
+        adapter, start, folder, config, (backbone, head, kernels), dict(resume=resume, overwrite=overwrite, force=force)
     )
     _print(summary, folder, as_json)
     if summary.failed:
@@ -110,8 +111,7 @@ def _run(
     start: Path,
     folder: Path,
     config: MDConfig,
-    backbone: str | None,
-    head: str | None,
+    model: tuple[str | None, str | None, str],
     switches: dict[str, bool],
 ) -> Summary:
     from ase.io import read
@@ -129,7 +129,9 @@ def _run(
     except Exception as problem:  # whatever a reader of ASE raises for a file that it does not understand
         raise DataError(f"{start} cannot be read as structures: {problem}") from problem
     warn_if_busy(config.device)
-    potential = open_potential(adapter, backbone=backbone, head=head, device=config.device, dtype=config.dtype)
+    backbone, head, kernels = model
+    how: dict[str, Any] = dict(device=config.device, dtype=config.dtype, kernels=kernels)
+    potential = open_potential(adapter, backbone=backbone, head=head, **how)
     with _Display(Console(stderr=True), config.timestep_fs) as display:
         return run_md(potential, starts, folder, config, **switches, progress=display)
 

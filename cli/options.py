@@ -17,6 +17,12 @@ OwnBackbone = Annotated[
 OwnHead = Annotated[str | None, typer.Option(help="Head of a backbone with several.", rich_help_panel=MODEL)]
 OwnDevice = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)]
 OwnDtype = Annotated[Dtype | None, typer.Option(help="Of the network.", rich_help_panel=MODEL)]
+OwnKernels = Annotated[
+    Literal["own", "cuequivariance"],
+    typer.Option(
+        help="cuequivariance: layers of that package, for GPUs (pip install 'mmea[cue]').", rich_help_panel=MODEL
+    ),
+]
 
 # Of commands that train one method after the other: benchmark, compare.
 Methods = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, Backbone, OwnDevice, OwnDtype
+from .options import MODEL, Backbone, OwnDevice, OwnDtype, OwnKernels
 
 
 def speed(
@@ -20,6 +20,7 @@ def speed(
     ] = None,
     device: OwnDevice = None,
     dtype: OwnDtype = None,
+    kernels: OwnKernels = "own",
     replicas: Annotated[
         list[int] | None, typer.Option(metavar="N...", help="Of aspirin in a batch; 12 if not given.", min=1)
     ] = None,
@@ -50,6 +51,7 @@ def speed(
         adapter=adapter,
         device=device or "auto",
         dtype=dtype or "float32",
+        kernels=kernels,
         compile=compile,
         replicas=tuple(replicas) if replicas is not None else SpeedConfig.replicas,
         atoms=tuple(n for n in atoms if n) if atoms is not None else SpeedConfig.atoms,

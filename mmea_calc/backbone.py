@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from .backbone_file import (
     stored_tensors,
     write_safetensors,
 )
-from .config import DEFAULT_BACKBONE, Precision
+from .config import DEFAULT_BACKBONE, Kernels, Precision
 from .errors import BackboneError
 from .mace_names import PUBLISHED, fetch, locate
 from .mace_networks import accept_neutral_graphs, mark_untrained, repeat_to_the_bit
@@ -67,6 +68,7 @@ class Backbone:
         level_of_theory, licence, notes: what is known of its data, its licence, its use.
         trust_note: one sentence where loading it executed code from the file; None otherwise.
         fast: whether it is on the fast path (`mmea_calc.fast_path`); False: as mace-torch computes it.
+        kernels: "cuequivariance": calls are computed by a network of its layers (`mmea_calc.converted`).
     """
 
     name: str
@@ -84,6 +86,7 @@ class Backbone:
     notes: str | None = None
     trust_note: str | None = field(default=None, repr=False)
     fast: bool = True
+    kernels: Kernels = "own"
     _where: tuple[dict[str, nn.Parameter | None], str] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -191,6 +194,7 @@ def load_backbone(
     device: str = "cpu",
     dtype: Precision = "float32",
     fast: bool = True,
+    kernels: Kernels = "own",
 ) -> Backbone:
     """A backbone by name or path. Each call builds a network of its own.
 
@@ -202,13 +206,16 @@ def load_backbone(
         dtype: precision of the network.
         fast: False leaves mace-torch's own forms of all layers in place, and uses no compiled programs: slower, and
             the same to rounding.
+        kernels: "cuequivariance" computes energies, forces and stresses with the layers of that package, which is an
+            extra for GPUs (`pip install 'mmea[cue]'`), in float32; training goes on as ever.
 
     Raises:
-        BackboneError: unknown name, head, device or precision; a missing, damaged or unsuitable file; a published
-            network that is not on this machine and cannot be downloaded.
+        BackboneError: unknown name, head, device, precision or kernels; a missing, damaged or unsuitable file; a
+            published network that is not on this machine and cannot be downloaded; a package that is not installed.
     """
     if dtype not in _DTYPES:
         raise BackboneError(f"dtype is {dtype!r}; expected float32 or float64")
+    _check_kernels(kernels, dtype, fast)
     _device(device)
     text = str(name_or_path)
     name = text.lower()
@@ -220,7 +227,25 @@ def load_backbone(
         backbone.level_of_theory, backbone.licence = entry.level_of_theory, entry.licence
     else:
         backbone = _from_path(_existing(text), head)
+    backbone.kernels = kernels
     return _finish(backbone, device, dtype, fast)
+
+
+def _check_kernels(kernels: str, dtype: str, fast: bool) -> None:
+    if kernels not in get_args(Kernels):
+        raise BackboneError(f"kernels is {kernels!r}; expected {' or '.join(get_args(Kernels))}")
+    if kernels == "own":
+        return
+    if find_spec("cuequivariance_torch") is None:
+        raise BackboneError(
+            f"kernels={kernels!r} needs cuequivariance-torch, which is not installed: pip install 'mmea[cue]'"
+        )
+    if not fast:
+        raise BackboneError(
+            f"fast=False asks for mace-torch's own layers, and kernels={kernels!r} for others: leave one out"
+        )
+    if dtype != "float32":  # constants of the converted network hold to 1e-8
+        raise BackboneError(f"kernels={kernels!r} computes in float32, and dtype is {dtype!r}")
 
 
 def save_backbone(

@@ -29,7 +29,7 @@ from .adapted import attached
 from .adapter_file import AdapterFile, read_adapter
 from .backbone import EMBEDDED, Backbone, load_backbone
 from .committee import COMMITTEE_PROPERTIES, combine
-from .config import DEFAULT_BACKBONE, Precision
+from .config import DEFAULT_BACKBONE, Kernels, Precision
 from .errors import AdapterError, BackboneError, DataError
 from .graph import Batch, Graph, check_elements, move, same_neighbours
 from .mace_names import PUBLISHED
@@ -63,6 +63,7 @@ class MMEACalculator(Calculator):
         head: head of a backbone with several; None: the adapter's.
         fast: False computes everything in mace-torch's own, slower forms, without compiled programs; a loaded backbone
             keeps what it was loaded with. Results are the same to rounding.
+        kernels: "cuequivariance" computes with the layers of that package, an extra for GPUs (`load_backbone`).
         stress: None gives a stress for structures that are periodic in three directions. True also gives one for
             others, referred to the volume of their own cell, vacuum included; without a volume there is none.
             False never gives one.
@@ -94,6 +95,7 @@ class MMEACalculator(Calculator):
         head: str | None = None,
         stress: bool | None = None,
         fast: bool = True,
+        kernels: Kernels = "own",
     ) -> None:
         super().__init__()
         sources = [] if adapter is None else [adapter] if isinstance(adapter, AdapterSource) else list(adapter)
@@ -102,7 +104,7 @@ class MMEACalculator(Calculator):
         files = _named([s if isinstance(s, AdapterFile) else read_adapter(s) for s in sources])
         first = next(iter(files.values()), None)
         self._device = device if not isinstance(backbone, Backbone) or device != "auto" else str(backbone.device)
-        self._start(_backbone(backbone, first, device, dtype, head, fast), stress)
+        self._start(_backbone(backbone, first, device, dtype, head, fast, kernels), stress)
         for name, file in files.items():
             self.load_adapter(name, file)
         self.set_adapter(list(files) or None)
@@ -323,6 +325,7 @@ class MMEACalculator(Calculator):
             "dtype": str(self.potential.dtype).removeprefix("torch."),
             "stress": self.stress,
             "fast": self.backbone.fast,
+            "kernels": self.backbone.kernels,
             "adapters": [
                 (name, replace(file, tensors={}), safetensors.torch.save({k: t.cpu() for k, t in file.tensors.items()}))
                 for name, file in self._files.items()
@@ -336,7 +339,7 @@ class MMEACalculator(Calculator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__init__()
         self._device = state["device"]
-        options = {key: state[key] for key in ("head", "device", "dtype", "fast")}
+        options = {key: state[key] for key in ("head", "device", "dtype", "fast", "kernels")}
         backbone = load_backbone(state["backbone"], **options)
         if backbone.fingerprint != state["fingerprint"]:
             raise BackboneError(
@@ -401,6 +404,7 @@ def _backbone(
     dtype: Precision | None,
     head: str | None,
     fast: bool,
+    kernels: Kernels,
 ) -> Backbone:
     """The backbone that was asked for, or the one that the adapter names. Raises BackboneError."""
     if isinstance(wanted, Backbone):
@@ -409,11 +413,11 @@ def _backbone(
         return wanted.to(None if device == "auto" else device, dtype)
     if head is None and adapter is not None:
         head = adapter.head
-    precision = dtype or "float32"
+    how: dict[str, Any] = dict(head=head, device=device, dtype=dtype or "float32", fast=fast, kernels=kernels)
     if wanted is not None or adapter is None:
-        return load_backbone(wanted or DEFAULT_BACKBONE, head=head, device=device, dtype=precision, fast=fast)
+        return load_backbone(wanted or DEFAULT_BACKBONE, **how)
     try:
-        return load_backbone(adapter.backbone, head=head, device=device, dtype=precision, fast=fast)
+        return load_backbone(adapter.backbone, **how)
     except BackboneError as problem:
         raise BackboneError(
             f"{adapter.path or 'this adapter'} was made for backbone {adapter.backbone!r}, which is not found by that "

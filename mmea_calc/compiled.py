@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from .adapted import Adapter, attached
 from .arrangement import Arrangement
 from .backbone import Backbone
+from .converted import ConvertedNetwork
 from .errors import CompilationError
-from .graph import Batch
+from .graph import Batch, Found
 from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
 from .parts import Part, Parts
 from .tensor_state import Watched
@@ -52,15 +53,6 @@ _MANY_COMPOSITIONS = 64
 
 # Largest difference to the network's own results, in units of the largest force (at least 1 eV/A).
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-
-
-@dataclass(frozen=True)
-class Found:
-    """Of a batch: node energies (n_atoms,), eV; forces (n_atoms, 3), eV/A; stress (n_graphs, 3, 3), eV/A^3."""
-
-    node_energy: Tensor
-    forces: Tensor
-    stress: Tensor | None
 
 
 def stress_of(strain: Tensor, cell: Tensor) -> Tensor:
@@ -169,9 +161,12 @@ def mostly_empty(arrangement: Arrangement) -> bool:
 class _Opened:
     """A program, and whether it has been compared with its network."""
 
-    program: CompiledNetwork
-    path: Path
+    program: CompiledNetwork | ConvertedNetwork
+    named: str
     proven: bool = False
+
+
+_ADVICE = {CompiledNetwork: ": remove it, and run `mmea compile` again", ConvertedNetwork: ""}
 
 
 class Programs:
@@ -216,14 +211,14 @@ class Programs:
             return found
         self._known[key] = None
         warnings.warn(
-            f"{opened.path}.pt2 does not give what its network gives ({problem}) and is not used: "
-            "remove it, and run `mmea compile` again",
+            f"{opened.named} does not give what its network gives ({problem}) and is not used"
+            + _ADVICE[type(opened.program)],
             stacklevel=3,
         )
         return None
 
-    def proven(self, adapter: Adapter | None, *, stress: bool) -> CompiledNetwork | None:
-        """The program for the network as it is, if there is one and a batch has shown that it is right."""
+    def proven(self, adapter: Adapter | None, *, stress: bool) -> CompiledNetwork | ConvertedNetwork | None:
+        """What stands for the network as it is, if there is one and a batch has shown that it is right."""
         _, opened = self._opened(adapter, stress=stress)
         return opened.program if opened is not None and opened.proven else None
 
@@ -241,12 +236,13 @@ class Programs:
             return key, self._known[key]
 
     def _open(self, adapter: Adapter | None, *, stress: bool) -> _Opened | None:
-        network = self.backbone.network
-        path = _path(self.backbone, stress)
-        if not is_made(path):
-            return None
         try:
-            return _Opened(CompiledNetwork(network, adapter, path), path)
+            if self.backbone.kernels == "cuequivariance":
+                return _Opened(ConvertedNetwork(self.backbone, adapter), "the network of cuEquivariance's layers")
+            path = _path(self.backbone, stress)
+            if not is_made(path):
+                return None
+            return _Opened(CompiledNetwork(self.backbone.network, adapter, path), f"{path}.pt2")
         except CompilationError as problem:
             warnings.warn(str(problem), stacklevel=4)
             return None
@@ -259,7 +255,7 @@ def _path(backbone: Backbone, stress: bool) -> Path:
 def _situation(backbone: Backbone, adapter: Adapter | None, stress: bool) -> tuple[object, ...]:
     """Changes whenever `form_of` may: quick to ask, at every call."""
     asked = None if adapter is None else adapter.situation()
-    return stress, backbone.head, backbone.dtype, backbone.device, asked
+    return stress, backbone.head, backbone.dtype, backbone.device, backbone.kernels, asked
 
 
 def disagreement(one: Found, other: Found) -> tuple[float, float]:

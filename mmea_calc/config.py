@@ -19,6 +19,7 @@ COMPARE_SEEDS = (1,)
 
 Device = str
 Precision = Literal["float32", "float64"]
+Kernels = Literal["own", "cuequivariance"]
 
 
 @dataclass(frozen=True)

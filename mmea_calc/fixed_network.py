@@ -28,13 +28,14 @@ class FixedNetwork:
     def __init__(
         self, potential: Potential, batch: Batch, table: FullTable, *, stress: bool = False, plainly: bool = False
     ) -> None:
-        network, elements = potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
+        other = None if plainly else potential.stand_in(stress=stress)
+        network, elements = other or potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
         with torch.no_grad():
             tables = [form.tables_of(elements[1]) for form in contraction_forms(network)]
         tensors = {**batch.tensors, "edge_index": table.index}
         fixed = Batch(tensors, batch.numbers, batch.atoms_per_graph)
         self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=stress)
-        program = None if plainly else potential.program(stress=stress)
+        program = None if plainly or other is not None else potential.program(stress=stress)
         self._run: Callable[..., Sequence[Tensor]] = (
             evaluator(network, self._inputs, potential.backbone.head_index) if program is None else program
         )

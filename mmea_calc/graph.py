@@ -119,6 +119,15 @@ class Batch:
         return int(self.numbers.shape[0])
 
 
+@dataclass(frozen=True)
+class Found:
+    """Of a batch: node energies (n_atoms,), eV; forces (n_atoms, 3), eV/A; stress (n_graphs, 3, 3), eV/A^3."""
+
+    node_energy: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+
 def collate(
     graphs: Sequence[Graph],
     elements: Sequence[int],

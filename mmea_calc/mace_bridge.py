@@ -160,6 +160,22 @@ def build_network(config: dict[str, Any]) -> nn.Module:
         ) from problem
 
 
+def of_cuequivariance(network: nn.Module) -> nn.Module:
+    """A network like this one, with its weights, of cuEquivariance's layers, whose features lie (2l+1, multiplicity).
+
+    Raises:
+        BackboneError: mace-torch cannot make one.
+    """
+    try:
+        with _building():
+            convert = importlib.import_module("mace.cli.convert_e3nn_cueq")
+            return convert.run(network, device=str(next(network.parameters()).device), return_model=True)
+    except Exception as problem:  # whatever another package's code makes of a network that it does not know
+        raise BackboneError(
+            f"mace-torch cannot convert this network to cuEquivariance ({type(problem).__name__}: {problem})"
+        ) from problem
+
+
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of mace-torch's constructor. Raises BackboneError."""
     modules = mace_modules()

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 from ase import Atoms
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile
 from .backbone import Backbone
-from .compiled import Found, Programs, compile_program
+from .compiled import CompiledNetwork, Programs, compile_program
+from .converted import ConvertedNetwork
 from .errors import AdapterError, CompilationError
-from .graph import Batch, Graph, build_graph, collate
+from .graph import Batch, Found, Graph, build_graph, collate
 from .machine_code import named_tensors
 from .tensor_state import State, state_of
 
@@ -187,6 +188,8 @@ class Potential:
         """
         if not self.backbone.fast:
             raise CompilationError("this backbone was loaded with fast=False: load it without")
+        if self.backbone.kernels != "own":
+            raise CompilationError(f"this backbone was loaded with kernels={self.backbone.kernels!r}: load it without")
 
         def plainly(batch: Batch) -> Found:
             return self.found_plainly(batch, stress=stress)
@@ -201,7 +204,12 @@ class Potential:
         gives. None where there is no program, or no call of `predict` has proven it yet.
         """
         found = self._programs.proven(self.adapter, stress=stress) if self.backbone.fast else None
-        return None if found is None else found.with_values_of_now()
+        return found.with_values_of_now() if isinstance(found, CompiledNetwork) else None
+
+    def stand_in(self, *, stress: bool = False) -> nn.Module | None:
+        """The network of other layers, with its values of now. None where there is none, or none is proven yet."""
+        found = self._programs.proven(self.adapter, stress=stress) if self.backbone.fast else None
+        return found.network() if isinstance(found, ConvertedNetwork) else None
 
     def state(self) -> State:
         """All that predictions depend on, for `tensor_state.same_state`: values of the network and what is on it."""

@@ -31,7 +31,7 @@ from ..adapter_file import AdapterFile, read_adapter
 from ..backbone import Backbone, load_backbone, save_backbone
 from ..calculator import MMEACalculator
 from ..compiled_training import CompiledGradient, Gradients
-from ..config import DEFAULT_BACKBONE, AdapterConfig, MDConfig, Precision, TrainConfig
+from ..config import DEFAULT_BACKBONE, AdapterConfig, Kernels, MDConfig, Precision, TrainConfig
 from ..dataset import Labelled
 from ..errors import BackboneError
 from ..loss import Loss, LossWeights, collect_labels, loss_of
@@ -114,6 +114,7 @@ class SpeedConfig:
         backbone: name or path; "paper-shape" is a network of MACE-OFF23-medium's shape with random weights.
         adapter: a file; None makes one of the default method with small random values.
         device, dtype: where and how precisely.
+        kernels: of our calls and dynamics, see `load_backbone`; training steps and mace-torch's side have their own.
         compile: make programs first where there are none, of training steps too; False: calls use those that are there.
         replicas: sizes of batches of aspirin.
         atoms: sizes of a periodic system (diamond).
@@ -125,6 +126,7 @@ class SpeedConfig:
     adapter: str | None = None
     device: str = "auto"
     dtype: Precision = "float32"
+    kernels: Kernels = "own"
     compile: bool = True
     replicas: Sequence[int] = (12,)
     atoms: Sequence[int] = (1000,)
@@ -132,21 +134,23 @@ class SpeedConfig:
     training: bool = True
 
 
-def paper_shape(device: str = "auto", dtype: Precision = "float32", *, fast: bool = True) -> Backbone:
+def paper_shape(
+    device: str = "auto", dtype: Precision = "float32", *, fast: bool = True, kernels: Kernels = "own"
+) -> Backbone:
     """A backbone of MACE-OFF23-medium's shape with random weights: for measuring time, and nothing else."""
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         path = Path(folder) / f"{PAPER_SHAPE}.safetensors"
         save_backbone(path, _PAPER_CONFIG, build_network(dict(_PAPER_CONFIG)).state_dict())
-        return load_backbone(path, device=device, dtype=dtype, fast=fast)
+        return load_backbone(path, device=device, dtype=dtype, fast=fast, kernels=kernels)
 
 
-def open_backbone(config: SpeedConfig, *, fast: bool = True) -> Backbone:
+def open_backbone(config: SpeedConfig, *, fast: bool = True, kernels: Kernels = "own") -> Backbone:
     """The backbone to measure. Raises BackboneError."""
     if config.backbone == PAPER_SHAPE:
-        return paper_shape(config.device, config.dtype, fast=fast)
+        return paper_shape(config.device, config.dtype, fast=fast, kernels=kernels)
     name = config.backbone or (read_adapter(config.adapter).backbone if config.adapter else DEFAULT_BACKBONE)
-    return load_backbone(name, device=config.device, dtype=config.dtype, fast=fast)
+    return load_backbone(name, device=config.device, dtype=config.dtype, fast=fast, kernels=kernels)
 
 
 def random_adapter(config: SpeedConfig) -> AdapterFile:
@@ -218,12 +222,12 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
         CompilationError: it cannot be compiled; `compile=False` measures without.
     """
     file = read_adapter(config.adapter) if config.adapter else random_adapter(config)
-    adapted = MMEACalculator(file, backbone=open_backbone(config))
-    bare = MMEACalculator(backbone=open_backbone(config))
+    adapted = MMEACalculator(file, backbone=open_backbone(config, kernels=config.kernels))
+    bare = MMEACalculator(backbone=open_backbone(config, kernels=config.kernels))
     theirs = mace_calculator(config)
     if missing := sorted(set(aspirin().numbers.tolist()) - set(adapted.backbone.elements)):
         raise BackboneError(f"aspirin is measured, and this backbone has no elements {missing}: choose another")
-    if config.compile:
+    if config.compile and config.kernels == "own":
         for name, calculator in (("with its adapter", adapted), ("alone", bare)):
             for stress in (False, True) if config.atoms else (False,):
                 tell(f"compiling the backbone {name}{', with stresses' if stress else ''}")

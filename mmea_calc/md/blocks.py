@@ -87,6 +87,7 @@ class Blocks:
         values = forces.potential.state()
         if not same_state(values, self._values):
             self._values, self._kept, self._proven = values, {}, False
+            forces(simulation.state.positions)  # an ordinary call, by which a program is proven before it is recorded
         steps = self._steps(pairs)
         if steps is None:
             self.usable = False

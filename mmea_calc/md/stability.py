@@ -12,7 +12,7 @@ from ase import Atoms
 
 from ..adapter_file import read_adapter
 from ..backbone import load_backbone
-from ..config import MDConfig, Precision
+from ..config import Kernels, MDConfig, Precision
 from ..potential import Potential
 from .monitor import stable_ps
 from .record import record
@@ -29,6 +29,7 @@ def open_potential(
     head: str | None = None,
     device: str = "auto",
     dtype: Precision = "float32",
+    kernels: Kernels = "own",
 ) -> Potential:
     """An `.adapter` file on its backbone, or a backbone alone.
 
@@ -36,15 +37,17 @@ def open_potential(
         adapter: path of an adapter, or name or path of a backbone.
         backbone: of the adapter, if it is not found by the name that the file gives.
         head: of a backbone with several; the adapter's if there is one.
-        device, dtype: of the network.
+        device, dtype, kernels: of the network, see `load_backbone`.
 
     Raises:
         AdapterFileError, AdapterError, BackboneError: one of them cannot be used.
     """
     if Path(adapter).suffix != ".adapter":
-        return Potential(load_backbone(adapter, head=head, device=device, dtype=dtype))
+        return Potential(load_backbone(adapter, head=head, device=device, dtype=dtype, kernels=kernels))
     file = read_adapter(adapter)
-    loaded = load_backbone(backbone or file.backbone, head=head or file.head, device=device, dtype=dtype)
+    loaded = load_backbone(
+        backbone or file.backbone, head=head or file.head, device=device, dtype=dtype, kernels=kernels
+    )
     potential = Potential(loaded)
     potential.use(file)
     return potential
