@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -153,8 +152,7 @@ def _check_targets(config: AdapterConfig, names: Iterable[str]) -> None:
         )
 
 
-# Asked for at every call of a network: no loops of Python's own.
-_hooks_of = attrgetter("_forward_pre_hooks", "_forward_hooks")
+# Asked for at every call of a network: no loop of Python's own.
 _switches_of = attrgetter("calibrated", "recording", "active")
 
 
@@ -216,6 +214,8 @@ class Adapter:
         self.network, self.config = network, config
         self.on_linears, self.updates, self.skipped = on_linears, updates, skipped
         self.gates = {name: part for name, part in on_linears.items() if isinstance(part, MagnitudeGate)}
+        # A module keeps these for life.
+        self._hooks_of_gates = [h for g in self.gates.values() for h in (g._forward_pre_hooks, g._forward_hooks)]
         self.sites = sites
         self._enabled, self._attached = True, True
         self._tables: ElementTables | None = None
@@ -390,7 +390,7 @@ class Adapter:
     @property
     def observed(self) -> bool:
         """Whether somebody else looks into the gates at present, by hooks that all of their calls should reach."""
-        return any(chain.from_iterable(map(_hooks_of, self.gates.values())))
+        return any(self._hooks_of_gates)
 
     def situation(self) -> tuple[object, ...]:
         """Equal as long as the adapted network takes the same steps, whatever its values are."""
