@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mmea_calc.adapted import attach
 from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig, MDConfig
 from mmea_calc.errors import DataError, DynamicsError
+from mmea_calc.graph import Batch
 from mmea_calc.md.forces import ReplicaForces
 from mmea_calc.md.minimise import minimise
 from mmea_calc.md.neighbours import Neighbours, Pairs
@@ -25,7 +27,7 @@ from mmea_calc.md.simulation import GATES_EVERY, Simulation
 from mmea_calc.md.stability import quick_check
 from mmea_calc.md.state import Layout, replicas_of
 from mmea_calc.md.trajectory import OBSERVABLES
-from mmea_calc.potential import Potential
+from mmea_calc.potential import Potential, Prediction
 
 NAMES = list(OBSERVABLES)
 
@@ -278,6 +280,34 @@ def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) ->
     assert watched == 2 * [*[False] * (GATES_EVERY - 1), True]
     assert rows[of_gates, 0] > 0
     assert adapter.enabled
+
+
+def test_gates_are_seen_alike_in_parts_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many replicas are watched some at a time, so that memory does not grow with their number."""
+    potential = tiny_potential()
+    adapter = potential.adapter = attach(potential.backbone.network, AdapterConfig(method="gates", gate_rank=4))
+    randomise(adapter, std=0.5)
+    with adapter.recording():
+        potential.predict_graphs([potential.graph(ethanol())])
+    seen, sizes = [], []
+    predict = potential.predict
+
+    def counted(batch: Batch, **options: Any) -> Prediction:
+        sizes.append(batch.n_atoms)
+        return predict(batch, **options)
+
+    for at_once in (10, 1000):
+        monkeypatch.setattr("mmea_calc.md.forces.WATCHED_AT_ONCE", at_once)
+        simulation = simulate(potential, [ethanol(), molecule("CH3COOH")], 3, temperatures_K=(300.0, 900.0))
+        monkeypatch.setattr(potential, "predict", counted)
+        with simulation.forces.watching_gates() as found:
+            simulation.forces.look()
+        monkeypatch.undo()
+        seen.append(torch.stack(found).amax(0))
+    assert sizes == [9, 9, 8, 8, 34]
+    assert seen[0].shape == (4,)
+    assert float(seen[0].min()) > 0
+    torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
 
 
 def test_watching_changes_nothing() -> None:

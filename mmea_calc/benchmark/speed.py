@@ -232,21 +232,28 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
             for stress in (False, True) if config.atoms else (False,):
                 tell(f"compiling the backbone {name}{', with stresses' if stress else ''}")
                 calculator.potential.compile(stress=stress)
-    rows = []
+    rows: list[Timed] = []
+
+    def add(*found: Timed) -> None:
+        rows.extend(found)
+        for row in found:
+            if row.ours and row.theirs:  # told at once: a later one may need more memory than there is
+                tell(f"  {row.what}: {row.ours:.4g} {row.unit}, mace-torch {row.theirs:.4g}")
+
     tell("one call for aspirin")
-    rows += _one_call(config, adapted, bare, theirs)
+    add(*_one_call(config, adapted, bare, theirs))
     for n in dict.fromkeys((1, *config.replicas)):
         tell(f"dynamics of aspirin, {n} replicas")
-        rows.append(_dynamics(config, adapted, theirs, n))
+        add(_dynamics(config, adapted, theirs, n))
     for n in config.replicas:
         tell(f"{n} replicas of aspirin")
-        rows.append(_replicas(config, adapted, theirs, n))
+        add(_replicas(config, adapted, theirs, n))
     for n in config.atoms:
         tell(f"{n} atoms of diamond")
-        rows.append(_periodic(config, adapted, theirs, n))
+        add(_periodic(config, adapted, theirs, n))
     if config.training:
         tell("training steps")
-        rows += _training(config)
+        add(*_training(config))
     device = adapted.potential.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Measured(f"{adapted.backbone.name}, {config.dtype}, {where}", rows)

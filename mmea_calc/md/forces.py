@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ..graph import Batch, build_graph
+from ..parts import Parts
 from ..potential import Potential, Prediction
 from .neighbours import SKIN, Neighbours, Pairs
 from .state import Layout
+
+# On a CPU gates are watched in parts of so many atoms: without machine code all messages of a call are kept at once.
+WATCHED_AT_ONCE = 1000
 
 
 class ReplicaForces:
@@ -37,6 +41,8 @@ class ReplicaForces:
         graphs = [build_graph(r.atoms, r_max) for r in layout.replicas]
         self.batch = potential.collate(graphs)
         self.neighbours = Neighbours(layout, r_max, skin)
+        self._parts = Parts(WATCHED_AT_ONCE if layout.device.type == "cpu" else None)
+        self._looked_at = slice(0, len(layout.owner))  # the atoms of the call at hand
         self.pairs: Pairs
         self.distances2: Tensor
         device, owner = layout.device, layout.owner
@@ -63,8 +69,16 @@ class ReplicaForces:
 
         Hooks keep a call from being a program's, and a call without derivatives costs a third of one with them.
         """
-        if self.potential.adapter is not None and self.potential.adapter.observed:
-            self.potential.predict(self.batch, forces=False)
+        if self.potential.adapter is None or not self.potential.adapter.observed:
+            return
+        whole, first = self._looked_at, 0
+        try:
+            for part in self._parts.of(self.batch):
+                self._looked_at = slice(first, first + part.batch.n_atoms)
+                self.potential.predict(part.batch, forces=False)
+                first = self._looked_at.stop
+        finally:
+            self._looked_at = whole
 
     def bare(self) -> Tensor:
         """Forces of the backbone without its adapter at the positions of the latest call, (n_atoms, 3), eV/A."""
@@ -137,15 +151,20 @@ class ReplicaForces:
 
     @contextmanager
     def watching_gates(self) -> Iterator[list[Tensor]]:
-        """Within this context a call leaves, for every calibrated gate, its largest excess per replica in the list."""
+        """Within this context a call leaves largest excesses of calibrated gates per replica in the list.
+
+        A part of the replicas (`look`) leaves 0 for the others.
+        """
         adapter = self.potential.adapter
         found: list[Tensor] = []
 
         def look(gate: Any, inputs: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
-                excess = gate.excess(inputs[0])
-                if excess.shape == self.layout.owner.shape:  # a layer of atoms; others are not the replicas'
-                    found.append(self.layout.largest(excess.double()))
+                excess, atoms = gate.excess(inputs[0]), self._looked_at
+                if excess.shape == (atoms.stop - atoms.start,):  # a layer of atoms; others are not the replicas'
+                    everywhere = excess.new_zeros(self.layout.owner.shape, dtype=torch.float64)
+                    everywhere[atoms] = excess.double()
+                    found.append(self.layout.largest(everywhere))
 
         gates = [g for g in adapter.gates.values() if g.calibrated] if adapter is not None else []
         hooks = [gate.register_forward_pre_hook(look) for gate in gates]

@@ -80,8 +80,9 @@ class Simulation:
     def start(self) -> None:
         """Step 0: initial velocities and forces."""
         positions = self.layout.start_positions()
+        energy, forces = self.forces(positions)
         with self.forces.watching_gates() as self._excesses:
-            energy, forces = self.forces(positions)
+            self.forces.look()
         velocities = self.layout.initial_velocities(self.noise)
         self.state = State(positions, velocities, forces, energy, torch.zeros_like(energy), 0)
         self.monitor.remember_bonds()
