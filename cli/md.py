@@ -99,7 +99,12 @@ def md(
     config = MDConfig(**{k: v for k, v in flags.items() if v is not None})
     folder = output or start.with_suffix(".md")
     summary = _run(
-        adapter, start, folder, config, (backbone, head, kernels), dict(resume=resume, overwrite=overwrite, force=force)
+        adapter,
+        start,
+        folder,
+        config,
+        dict(backbone=backbone, head=head, kernels=kernels),
+        dict(resume=resume, overwrite=overwrite, force=force),
     )
     _print(summary, folder, as_json)
     if summary.failed:
@@ -111,7 +116,7 @@ def _run(
     start: Path,
     folder: Path,
     config: MDConfig,
-    model: tuple[str | None, str | None, str],
+    model: dict[str, Any],
     switches: dict[str, bool],
 ) -> Summary:
     from ase.io import read
@@ -129,9 +134,7 @@ def _run(
     except Exception as problem:  # whatever a reader of ASE raises for a file that it does not understand
         raise DataError(f"{start} cannot be read as structures: {problem}") from problem
     warn_if_busy(config.device)
-    backbone, head, kernels = model
-    how: dict[str, Any] = dict(device=config.device, dtype=config.dtype, kernels=kernels)
-    potential = open_potential(adapter, backbone=backbone, head=head, **how)
+    potential = open_potential(adapter, device=config.device, dtype=config.dtype, **model)
     with _Display(Console(stderr=True), config.timestep_fs) as display:
         return run_md(potential, starts, folder, config, **switches, progress=display)
 

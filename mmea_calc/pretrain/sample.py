@@ -35,7 +35,7 @@ PARTNERS = (
     *("CH4", "C2H4", "C2H2", "CH3SH", "CH3Cl", "CO2"),
 )
 _CARBENES = ("CH2_s1A1d", "CH2_s3B1d")
-_CONTACT = (1.8, 2.6)  # between the nearest atoms of two molecules, A
+CONTACT = (1.8, 2.6)  # between the nearest atoms of two molecules, A
 _SINGLE = MDConfig(
     temperatures_K=(300.0, 600.0, 1000.0), timestep_fs=1.0, time_ps=0.24, stats_every=40, traj_every=40, drift_every=0
 )
@@ -119,17 +119,18 @@ def touching_pairs(rng: np.random.Generator) -> list[Atoms]:
             continue
         for part in (first, second):
             part.positions = Rotation.random(random_state=rng).apply(part.positions - part.get_center_of_mass())
-        gap = rng.uniform(*_CONTACT)
+        gap = rng.uniform(*CONTACT)
         second.positions[:, 0] += 20.0
-        while _nearest(first, second) > gap:
+        while nearest(first, second) > gap:
             second.positions[:, 0] -= 0.05
         both = first + second
         found.append(Atoms(both.numbers, both.positions))
     return found
 
 
-def _nearest(one: Atoms, other: Atoms) -> float:
+def nearest(one: Atoms, other: Atoms) -> float:
+    """Smallest distance between an atom of each, A."""
     return float(np.linalg.norm(one.positions[:, None] - other.positions[None], axis=-1).min())
 
 
-__all__ = ["PARTNERS", "sample", "single_molecules", "touching_pairs", "write_frames"]
+__all__ = ["CONTACT", "PARTNERS", "nearest", "sample", "single_molecules", "touching_pairs", "write_frames"]

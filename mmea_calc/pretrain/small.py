@@ -30,7 +30,7 @@ from ..errors import MMEAError
 from .choose import composition, compositions_left_out
 from .label import LARGEST_FORCE
 from .references import MOLECULES
-from .sample import write_frames
+from .sample import CONTACT, nearest, write_frames
 
 PARTNERS = (
     *("H2O", "NH3", "HF", "HCl", "SH2", "PH3", "HCN", "H2CO", "CH3OH", "H3CNH2", "CH3SH", "HCOOH"),
@@ -43,7 +43,6 @@ PARENTS = (
 )
 HALOGENS = (9, 17, 35, 53)
 _HALOGEN_SHARES = (0.4, 0.3, 0.2, 0.1)
-_CONTACT = (1.8, 2.6)  # between the nearest atoms of two molecules, A
 _STEPS = 60  # of 1 fs, at every temperature
 _PUSHED = (-0.35, 2.0)  # A, how far a molecule of a pair is moved along the line between the two
 
@@ -132,7 +131,7 @@ def touching(names: Sequence[str], rng: np.random.Generator, contact: tuple[floa
             direction, gap = rng.normal(size=3), rng.uniform(*contact)
             direction /= np.linalg.norm(direction)
             part.positions += 20.0 * direction
-            while np.linalg.norm(part.positions[:, None] - together.positions[None], axis=-1).min() > gap:
+            while nearest(part, together) > gap:
                 part.positions -= 0.05 * direction
                 if part.positions.mean(axis=0) @ direction < -20.0:
                     raise MMEAError(f"{', '.join(names)}: they do not meet")
@@ -142,7 +141,7 @@ def touching(names: Sequence[str], rng: np.random.Generator, contact: tuple[floa
 
 
 def _beside(names: Sequence[str], rng: np.random.Generator) -> Atoms:
-    atoms, belongs = touching(names, rng, _CONTACT)
+    atoms, belongs = touching(names, rng, CONTACT)
     atoms.set_tags(belongs)
     return atoms
 
