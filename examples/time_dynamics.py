@@ -21,7 +21,7 @@ from ase.calculators.calculator import Calculator
 from ase.md.langevin import Langevin
 
 from mmea_calc import MMEACalculator
-from mmea_calc.benchmark.speed import SpeedConfig, aspirin, mace_calculator
+from mmea_calc.benchmark.speed_setup import SpeedConfig, aspirin, mace_calculator
 from mmea_calc.config import MDConfig
 from mmea_calc.md import open_potential
 from mmea_calc.md.simulation import Simulation

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mmea_calc.benchmark.speed import BATCH, SpeedConfig, Timed, aspirin, mace_calculator, open_backbone, training_step
+from mmea_calc.benchmark import speed
+from mmea_calc.benchmark.speed import BATCH, Timed, measure_speed, training_step
+from mmea_calc.benchmark.speed_memory import free_memory, peak_memory
+from mmea_calc.benchmark.speed_setup import SpeedConfig, aspirin, mace_calculator, open_backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_cli.main import app
 
@@ -34,7 +39,7 @@ def test_the_papers_shape_is_that_of_the_medium_network() -> None:
 
 
 def test_a_training_step_gives_gradients_of_all_that_trains() -> None:
-    step, _ = training_step(SpeedConfig(device="cpu", compile=False), ours=True)
+    step, _ = training_step(SpeedConfig(device="cpu", compile=False), True)
     found = step()
     assert isinstance(found, tuple)
     _, gradients = found
@@ -46,6 +51,40 @@ def test_a_ratio_above_one_is_better_in_every_unit() -> None:
     assert Timed("", 2.0, 10.0, "ms").ratio == 5
     assert Timed("", 10.0, 2.0, "steps/s").ratio == 5
     assert Timed("", None, 2.0, "ms").ratio is None
+
+
+def _allocated(megabytes: int) -> tuple[Callable[[], object], torch.device]:
+    return lambda: torch.ones(megabytes * 1_000_000, dtype=torch.uint8), torch.device("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process needed")
+def test_the_memory_of_a_call_is_what_it_allocates_and_less_than_there_is() -> None:
+    needed = peak_memory(_allocated, 300)
+    assert needed is not None
+    assert needed == pytest.approx(300, rel=0.05)  # the kernel counts pages by the batch
+    free = free_memory(torch.device("cpu"))
+    assert free is not None
+    assert free > needed
+
+
+def test_a_side_whose_call_needs_more_memory_than_there_is_is_left_out_with_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speed, "_PLENTY", 60)
+    monkeypatch.setattr(speed, "free_memory", lambda device: 1000.0)
+    # MB for 512 atoms: for 64 an eighth of it
+    monkeypatch.setattr(speed, "peak_memory", lambda make, config, ours: 7000.0 if ours else 9000.0)
+    config = SpeedConfig(device="cpu", compile=False, atoms=(8, 64), replicas=(), calls=1, training=False)
+    told: list[str] = []
+    small, large = measure_speed(config, told.append).rows[-2:]
+    assert small.ours
+    assert small.theirs
+    assert small.note.endswith("us per atom")
+    assert large.ours
+    assert large.theirs is None
+    assert large.ratio is None
+    assert large.note.endswith("us per atom; mace-torch would need 1 GB")
+    assert "mace-torch not measured" in told[-1]
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:

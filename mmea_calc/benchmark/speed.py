@@ -9,59 +9,32 @@ it; ours has an adapter on.
 
 from __future__ import annotations
 
-import copy
-import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.build import bulk
-from ase.io import read
 from torch import Tensor
 
 from ..adapted import attach
-from ..adapter_file import AdapterFile, read_adapter
-from ..backbone import Backbone, load_backbone, save_backbone
+from ..adapter_file import read_adapter
 from ..calculator import MMEACalculator
 from ..compiled_training import CompiledGradient, Gradients
-from ..config import DEFAULT_BACKBONE, AdapterConfig, Kernels, MDConfig, Precision, TrainConfig
+from ..config import AdapterConfig, MDConfig, TrainConfig
 from ..dataset import Labelled
 from ..errors import BackboneError
 from ..loss import Loss, LossWeights, collect_labels, loss_of
-from ..mace_bridge import build_network, mace_calculators, quiet
 from ..md.simulation import Simulation
 from ..potential import Potential
+from .speed_memory import free_memory, peak_memory
+from .speed_setup import SpeedConfig, aspirin, diamond, mace_calculator, open_backbone, random_adapter
 
-ASPIRIN = Path(__file__).parent / "aspirin.xyz"
-PAPER_SHAPE = "paper-shape"
-
-# arXiv 2511.06696, section 4: the shape of MACE-OFF23-medium.
-_PAPER_CONFIG: Mapping[str, Any] = dict(
-    model="ScaleShiftMACE",
-    r_max=5.0,
-    num_bessel=8,
-    num_polynomial_cutoff=5,
-    max_ell=3,
-    num_interactions=2,
-    hidden_irreps="128x0e + 128x1o",
-    MLP_irreps="16x0e",
-    correlation=3,
-    gate="silu",
-    interaction_cls_first="RealAgnosticInteractionBlock",
-    interaction_cls="RealAgnosticResidualInteractionBlock",
-    atomic_inter_scale=1.0,
-    atomic_inter_shift=0.0,
-    avg_num_neighbors=15.0,
-    atomic_numbers=[1, 6, 7, 8, 9, 15, 16, 17, 35, 53],
-    atomic_energies=[0.0] * 10,
-)
+_PLENTY = 2000  # atoms from which on a call may need more memory than there is
+_SMALLER = 512  # atoms of the crystal that tells what a larger one needs
 
 
 @dataclass(frozen=True)
@@ -104,89 +77,6 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         return {"settings": self.settings, "rows": [row.to_dict() for row in self.rows]}
-
-
-@dataclass(frozen=True)
-class SpeedConfig:
-    """What is measured.
-
-    Attributes:
-        backbone: name or path; "paper-shape" is a network of MACE-OFF23-medium's shape with random weights.
-        adapter: a file; None makes one of the default method with small random values.
-        device, dtype: where and how precisely.
-        kernels: of our calls and dynamics, see `load_backbone`; training steps and mace-torch's side have their own.
-        compile: make programs first where there are none, of training steps too; False: calls use those that are there.
-        replicas: sizes of batches of aspirin.
-        atoms: sizes of a periodic system (diamond).
-        calls: how often the small ones are repeated.
-        training: measure training steps and their memory too.
-    """
-
-    backbone: str | None = None
-    adapter: str | None = None
-    device: str = "auto"
-    dtype: Precision = "float32"
-    kernels: Kernels = "own"
-    compile: bool = True
-    replicas: Sequence[int] = (12,)
-    atoms: Sequence[int] = (1000,)
-    calls: int = 40
-    training: bool = True
-
-
-def paper_shape(
-    device: str = "auto", dtype: Precision = "float32", *, fast: bool = True, kernels: Kernels = "own"
-) -> Backbone:
-    """A backbone of MACE-OFF23-medium's shape with random weights: for measuring time, and nothing else."""
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        path = Path(folder) / f"{PAPER_SHAPE}.safetensors"
-        save_backbone(path, _PAPER_CONFIG, build_network(dict(_PAPER_CONFIG)).state_dict())
-        return load_backbone(path, device=device, dtype=dtype, fast=fast, kernels=kernels)
-
-
-def open_backbone(config: SpeedConfig, *, fast: bool = True, kernels: Kernels = "own") -> Backbone:
-    """The backbone to measure. Raises BackboneError."""
-    if config.backbone == PAPER_SHAPE:
-        return paper_shape(config.device, config.dtype, fast=fast, kernels=kernels)
-    name = config.backbone or (read_adapter(config.adapter).backbone if config.adapter else DEFAULT_BACKBONE)
-    return load_backbone(name, device=config.device, dtype=config.dtype, fast=fast, kernels=kernels)
-
-
-def random_adapter(config: SpeedConfig) -> AdapterFile:
-    """An adapter of the default method with small random values that has seen aspirin."""
-    backbone = open_backbone(config)
-    handle = attach(backbone.network, AdapterConfig(), start=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in handle.parameters():
-            parameter.add_(0.003 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    potential = Potential(backbone)
-    batch = potential.collate([potential.graph(aspirin())])
-    with handle.recording():
-        potential.predict(batch)
-    # Distances of the training data are those of one structure: half of them, so that moved atoms stay within.
-    tensors = {k: t * 0.5 if k.endswith("shortest") else t for k, t in handle.state_dict().items()}
-    return AdapterFile(
-        handle.config, {k: t.cpu() for k, t in tensors.items()}, backbone.name, backbone.fingerprint, head=backbone.head
-    )
-
-
-def aspirin() -> Atoms:
-    """The molecule that small calls are measured with."""
-    atoms = read(ASPIRIN)
-    assert isinstance(atoms, Atoms)
-    return atoms
-
-
-def mace_calculator(config: SpeedConfig) -> Any:
-    """mace-torch's calculator with the backbone alone, in mace-torch's own form."""
-    backbone = open_backbone(config, fast=False)
-    with quiet():
-        network = copy.deepcopy(backbone.network)  # e3nn's code in a copy is TorchScript, as where mace-torch loads one
-        return mace_calculators().MACECalculator(
-            models=[network], device=backbone.device.type, default_dtype=config.dtype
-        )
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -237,8 +127,8 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     def add(*found: Timed) -> None:
         rows.extend(found)
         for row in found:
-            if row.ours and row.theirs:  # told at once: a later one may need more memory than there is
-                tell(f"  {row.what}: {row.ours:.4g} {row.unit}, mace-torch {row.theirs:.4g}")
+            ours, theirs_ = (f"{value:.4g} {row.unit}" if value else "not measured" for value in (row.ours, row.theirs))
+            tell(f"  {row.what}: {ours}, mace-torch {theirs_}")
 
     tell("one call for aspirin")
     add(*_one_call(config, adapted, bare, theirs))
@@ -323,13 +213,42 @@ def _dynamics(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
 
 
 def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int) -> Timed:
-    side = max(1, round((n / 8) ** (1 / 3)))
-    atoms = bulk("C", "diamond", a=3.8, cubic=True).repeat(side)
+    """One call each; a side whose call would need more memory than there is is left out, with what it needs."""
+    atoms, device = diamond(n), adapted.potential.device
     calls = {"ours": _mover(atoms, adapted), "theirs": _mover(atoms, theirs)}
-    found = medians(calls, max(2, config.calls // 20), adapted.potential.device)
-    note = f"{1e6 * found['ours'] / len(atoms):.1f} us per atom"
-    what, ours, theirs_ = f"one call, {len(atoms)} atoms, periodic", 1000 * found["ours"], 1000 * found["theirs"]
-    return Timed(what, ours, theirs_, "ms", note, "atoms", len(atoms))
+    wanting = _wanting(config, len(atoms), device) if len(atoms) > _PLENTY else {}
+    found = medians({k: call for k, call in calls.items() if k not in wanting}, max(2, config.calls // 20), device)
+    ours, theirs_ = (1000 * found[k] if k in found else None for k in calls)
+    notes = [f"{1e3 * ours / len(atoms):.1f} us per atom"] if ours else []
+    for key, name in (("ours", "mmea"), ("theirs", "mace-torch")):
+        if key in wanting:
+            notes.append(f"{name} would need {wanting[key]:.0f} GB")
+    what = f"one call, {len(atoms)} atoms, periodic"
+    return Timed(what, ours, theirs_, "ms", "; ".join(notes), "atoms", len(atoms))
+
+
+def _wanting(config: SpeedConfig, n: int, device: torch.device) -> dict[str, float]:
+    """The sides for whose call there is too little memory, and GB that it would need, judged from a smaller crystal."""
+    free, found = free_memory(device), {}
+    for key, ours in (("ours", True), ("theirs", False)):
+        needs = peak_memory(periodic_call, config, ours)
+        if free is not None and needs is not None and (total := needs * n / len(diamond(_SMALLER))) > free:
+            found[key] = total / 1e3
+    return found
+
+
+def periodic_call(config: SpeedConfig, ours: bool) -> tuple[Callable[[], object], torch.device]:
+    """A call for the crystal by which the memory of larger ones is judged."""
+    calculator: Any
+    if ours:
+        file = read_adapter(config.adapter) if config.adapter else random_adapter(config)
+        calculator = MMEACalculator(file, backbone=open_backbone(config, kernels=config.kernels))
+        device = calculator.potential.device
+    else:
+        calculator = mace_calculator(config)
+        device = calculator.device
+    _mover(diamond(8), calculator)()  # what is made once; a call for as many would leave its memory with the process
+    return _mover(diamond(_SMALLER), calculator), torch.device(device)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -337,7 +256,7 @@ def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
 BATCH = 5
 
 
-def training_step(config: SpeedConfig, *, ours: bool) -> tuple[Callable[[], object], torch.device]:
+def training_step(config: SpeedConfig, ours: bool) -> tuple[Callable[[], object], torch.device]:
     """Loss of forces and energies of five aspirins, and its gradient: of an adapter, or of mace-torch's own network."""
     backbone = open_backbone(config, fast=ours)
     potential, training = Potential(backbone), TrainConfig()
@@ -369,48 +288,15 @@ def training_step(config: SpeedConfig, *, ours: bool) -> tuple[Callable[[], obje
 
 
 def _training(config: SpeedConfig) -> list[Timed]:
-    one, device = training_step(config, ours=True)
-    other, _ = training_step(config, ours=False)
+    one, device = training_step(config, True)
+    other, _ = training_step(config, False)
     found = medians({"ours": one, "theirs": other}, max(3, config.calls // 5), device)
     note = "gradient of an adapter's values, against that of all weights"
-    memory = [peak_memory(config, ours=side) for side in (True, False)]
+    memory = [peak_memory(training_step, config, side) for side in (True, False)]
     return [
         Timed(f"training step, {BATCH} aspirins", 1000 * found["ours"], 1000 * found["theirs"], "ms", note),
         Timed("memory of that step", memory[0], memory[1], "MB", "beyond what is in use before it"),
     ]
 
 
-def peak_memory(config: SpeedConfig, *, ours: bool) -> float | None:
-    """MB that a training step needs beyond what is in use before, measured in a process of its own.
-
-    None where the system does not tell: on a CPU only Linux does.
-    """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (config, ours, torch.get_num_threads()))
-
-
-def _peak(config: SpeedConfig, ours: bool, threads: int) -> float | None:
-    torch.set_num_threads(threads)
-    step, device = training_step(config, ours=ours)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        resident = _status("VmRSS")
-        step()
-        return (_status("VmHWM") - resident) / 1e3
-    except OSError:
-        return None
-
-
-def _status(key: str) -> float:
-    """What the kernel says of this process, kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-__all__ = ["PAPER_SHAPE", "Measured", "SpeedConfig", "Timed", "measure_speed", "paper_shape", "training_step"]
+__all__ = ["Measured", "SpeedConfig", "Timed", "measure_speed", "training_step"]
