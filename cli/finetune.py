@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from ase import Atoms
-
-    from mmea_calc.backbone import Backbone
-    from mmea_calc.dataset import Dataset
-    from mmea_calc.finetuning import FinetuneResult
-    from mmea_calc.preflight import PreflightReport
-    from mmea_calc.team import Team
-
-    from .settings import Settings
 
 # Options that are no field of AdapterConfig or TrainConfig; a --config file may hold them too.
 OTHER_OPTIONS: dict[str, Any] = {
@@ -227,6 +216,7 @@ def finetune(
 ) -> None:
     """Fine-tune a backbone on labelled structures and write an adapter file."""
     flags = {k: v for k, v in locals().items() if k not in ("train", "config")}
+    from .finetune_run import run
     from .launch import run_together
     from .settings import resolve
 
@@ -244,175 +234,5 @@ def finetune(
     run_together(
         settings.options["devices"],
         settings.training.device,
-        lambda team, own: _run(train, settings.on(own), team),
+        lambda team, own: run(train, settings.on(own), team),
     )
-
-
-def _run(train_files: list[Path], settings: Settings, team: Team) -> None:
-    from mmea_calc.backbone import load_backbone
-    from mmea_calc.config import DEFAULT_BACKBONE
-    from mmea_calc.finetuning import finetune as train_adapter
-
-    from .console import out
-    from .machine import warn_if_busy
-    from .progress import TrainingDisplay
-
-    options, training = settings.options, settings.training
-    _check_options(settings)
-    if team.leads:
-        warn_if_busy(training.device)
-    train, valid, test = _read(train_files, options)
-    backbone = load_backbone(
-        options["backbone"] or DEFAULT_BACKBONE,
-        head=options["head"],
-        device=training.device,
-        dtype=training.dtype,
-    )
-    _introduce(backbone)
-    report = _report(train, valid, test, backbone)
-    _count(backbone, settings)
-    with TrainingDisplay(out()) as display:
-        result = train_adapter(
-            train,
-            options["output"] or Path(train_files[0].stem + ".adapter"),
-            valid=valid,
-            test=test,
-            backbone=backbone,
-            adapter=settings.adapter,
-            init=options["init"],
-            training=training,
-            E0s=options["E0s"],
-            level_of_theory=options["level_of_theory"],
-            report=report,
-            resume=bool(options["resume"]),
-            progress=display,
-            team=team,
-        )
-    if not team.leads:
-        return
-    _conclude(result)
-    if options["check_md"]:
-        _check_dynamics(result.path, train.structures[0].atoms, settings)
-
-
-def _check_options(settings: Settings) -> None:
-    """Better known now than after the training."""
-    from mmea_calc.errors import TrainingError
-    from mmea_calc.methods import method_named
-
-    name = settings.adapter.method
-    if settings.options["check_md"] and not method_named(name).equivariant:
-        raise TrainingError(f"method {name!r} is not equivariant, and dynamics refuses it: leave --check-md out")
-
-
-def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
-    """A short run from the first training structure; the verdict is printed and kept in the file's header."""
-    from mmea_calc.adapter_file import read_adapter, update_adapter
-    from mmea_calc.errors import TrainingError
-    from mmea_calc.md import open_potential, quick_check
-
-    from .console import out, say, table
-
-    training = settings.training
-    potential = open_potential(
-        path, backbone=settings.options["backbone"], device=training.device, dtype=training.dtype
-    )
-    verdict = quick_check(potential, start)
-    update_adapter(path, checks={**read_adapter(path).checks, "dynamics": verdict})
-    columns = ["dynamics", "mean K", "stable ps", "gate excess", "adapted - bare (eV/Å)"]
-    keys = ("replica", "temperature_K", "stable_ps", "gate_excess", "adapted_minus_bare_eV_per_A")
-    out().print(table(columns, [tuple(row[key] for key in keys) for row in verdict["replicas"]]))
-    for event in (text for row in verdict["replicas"] for text in row["events"]):
-        say(event)
-    if not verdict["passed"]:
-        raise TrainingError(f"the dynamics check failed, see the events above; the verdict is in {path}")
-    say(f"dynamics over {verdict['time_ps']:.3g} ps at 300, 600 and 1200 K: passed; the verdict is in {path}")
-
-
-def _read(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    from mmea_calc.prepared import is_prepared, open_dataset
-
-    keys = {name: options[name] for name in ("energy_key", "forces_key", "stress_key")}
-    train = open_dataset(train_files, **keys)
-    valid, test = (
-        open_dataset([path], **({} if is_prepared(path) else keys)) if (path := options[name]) else None
-        for name in ("valid", "test")
-    )
-    return train, valid, test
-
-
-def _introduce(backbone: Backbone) -> None:
-    from .console import FINGERPRINT_DIGITS, elements_text, say
-
-    say(
-        f"Backbone {backbone.name} (fingerprint {backbone.fingerprint[:FINGERPRINT_DIGITS]}), head {backbone.head}, "
-        f"{backbone.level_of_theory or 'level of theory unknown'}; {elements_text(backbone.elements)}; "
-        f"{str(backbone.dtype).removeprefix('torch.')} on {backbone.device}"
-    )
-    if backbone.trust_note:
-        typer.echo(f"note: {backbone.trust_note}", err=True)
-
-
-def _report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> PreflightReport:
-    """Show keys, the report on the data as a table, and what is doubtful."""
-    from mmea_calc.preflight import preflight
-
-    from .console import out, say, table
-
-    report = preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
-    out().print(table(["Data", *report.columns[1:]], report.rows))
-    for note in report.notes:
-        say(f"note: {note}")
-    for warning in report.warnings:
-        say(f"warning: {warning}", style="yellow")
-    return report
-
-
-def _count(backbone: Backbone, settings: Settings) -> None:
-    """What will train. Attached only to be counted: an adapter that comes off leaves its network as it was."""
-    from mmea_calc.adapted import attach
-
-    from .console import say
-
-    adapter = attach(backbone.network, settings.adapter, start=False)
-    total, counts = adapter.n_parameters, adapter.counts()
-    adapter.detach()
-    kinds = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items())
-    say(f"Method {settings.adapter.method} trains {total:,} parameters: {kinds}")
-
-
-def _conclude(result: FinetuneResult) -> None:
-    """Errors before and after, where the files are; a failure if training did not help."""
-    from mmea_calc.errors import TrainingError
-
-    from .console import out, say, table
-    from .progress import duration
-
-    rows = [
-        (
-            name,
-            label,
-            errors[name].energy_mae_meV,
-            errors[name].energy_mae_meV_per_atom,
-            errors[name].forces_mae_meV_per_A,
-        )
-        for name in result.zero_shot
-        for label, errors in (
-            ("backbone alone", result.zero_shot),
-            ("adapter at the start", result.initial),
-            ("fine-tuned", result.fine_tuned),
-        )
-        if errors
-    ]
-    columns = ["MAE", "", "energy (meV)", "energy (meV/atom)", "forces (meV/Å)"]
-    out().print(table(columns, rows))
-    size = result.path.stat().st_size / 1000
-    say(
-        f"{result.path} ({size:.0f} kB) holds the weights of epoch {result.best_epoch}, the best on validation; "
-        f"trained in {duration(result.seconds)}; the log, settings and plots are in {result.run_dir}"
-    )
-    if not result.improved:
-        raise TrainingError(
-            "the fine-tuned weights are no better on the validation set than before training: train longer, lower "
-            "--lr, or look at the warnings on the data and the reference energies"
-        )
