@@ -37,13 +37,23 @@ _IDENTITY = (
     "avg_num_neighbors",
     "r_max",
 )
+# More of them, part of it where they are not these, which is what fingerprints without them stood for. Pair repulsion
+# is not among them: mmea-organic-s4, which has it, got its fingerprint before.
+_USUAL: Mapping[str, Any] = {
+    "num_polynomial_cutoff": 5,
+    "gate": "silu",
+    "radial_type": "bessel",
+    "distance_transform": "None",
+    "apply_cutoff": True,
+}
 
 
 def fingerprint(config: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> str:
     """sha256 (hex) of a backbone, the same for a `.model` and the `.safetensors` converted from it.
 
     Over every parameter by mace-torch's name, in the order of the names: name, shape, type and bytes as stored,
-    before any cast; then over E0, scale, shift, elements, neighbour number and cutoff as float64.
+    before any cast; then over E0, scale, shift, elements, neighbour number and cutoff as float64, and over what is
+    unusual in the radial functions and the activation.
     """
     digest = hashlib.sha256()
 
@@ -56,6 +66,9 @@ def fingerprint(config: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> 
     for key in _IDENTITY:
         if config.get(key) is not None:
             add(f"config.{key}", np.asarray(config[key], dtype=np.float64))
+    for key, usual in _USUAL.items():
+        if (value := config.get(key, usual)) not in (usual, None):
+            digest.update(f"config.{key} {value}\n".encode())
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ from .backbone import EMBEDDED, Backbone, load_backbone
 from .committee import COMMITTEE_PROPERTIES, combine
 from .config import DEFAULT_BACKBONE, Kernels, Precision
 from .errors import AdapterError, BackboneError, DataError
-from .graph import Batch, Graph, check_elements, move, same_neighbours
+from .graph import SMALLEST_VOLUME, Batch, Graph, check_elements, move, same_neighbours
 from .mace_names import PUBLISHED
 from .methods import method_named
 from .potential import Potential, Prediction
@@ -41,8 +41,6 @@ AdapterSource = str | Path | AdapterFile
 Results = dict[str, Any]
 
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
-# Below this a cell has no volume that a stress could refer to, A^3.
-SMALLEST_VOLUME = 1e-8
 
 
 class MMEACalculator(Calculator):
@@ -184,6 +182,7 @@ class MMEACalculator(Calculator):
         elif self._mounted not in wanted:
             self._mount(wanted[0], self._files[wanted[0]])
         self._active = wanted
+        self._batch = None  # made anew, other elements may be new to these
         self._results_changed()
 
     @contextmanager
@@ -275,14 +274,18 @@ class MMEACalculator(Calculator):
     def _updated_batch(self, atoms: Atoms) -> Batch:
         """Tensors of the structure: those of the last call with new positions while the neighbours are the same."""
         graph = self.potential.graph(atoms)
-        if self._batch is not None and self._graph is not None and same_neighbours(graph, self._graph):
-            move(self._batch, graph)
+        kept = self._batch
+        like = None if kept is None else (kept.tensors["positions"].dtype, kept.tensors["positions"].device)
+        fitting = like == (self.potential.dtype, self.potential.device)  # a backbone may be moved by others, too
+        if kept is not None and fitting and self._graph is not None and same_neighbours(graph, self._graph):
+            move(kept, graph)
         else:
             present = np.unique(graph.numbers)
             check_elements(present, self.backbone.elements, "the structure")
             self._warn_of_unseen(present)
             self._batch = self.potential.collate([graph])
         self._graph = graph
+        assert self._batch is not None
         return self._batch
 
     def _warn_of_unseen(self, present: NDArray[np.int64]) -> None:

@@ -200,6 +200,7 @@ class CompiledGradient:
             try:
                 return self._recordings(inputs)
             except RuntimeError as problem:  # whatever torch says of what cannot be recorded
+                self._recordings.close()
                 self._recordings = None
                 warnings.warn(f"training steps are not recorded: {first_line(problem)}", stacklevel=2)
         return self._program(inputs, self._values)

@@ -32,8 +32,9 @@ from .mace_bridge import interaction_blocks
 # Channels in multiples of this fill the processor's vectors, and matrix products over them are quick. Of products over
 # four channels torch 2.13's inductor makes wrong code, which the comparison after compiling finds.
 VECTOR = 16
-# Edges that are worked on together: what is made for them stays in the processor's cache.
-SLOTS = 512
+# Edges that are worked on together: what is made for them stays in a processor's cache. A GPU would wait for the start
+# of every operation on so few; there it is what a few hundred megabytes hold.
+SLOTS, SLOTS_ON_GPU = 512, 2**15
 
 
 def use_fast_convolution(network: nn.Module) -> dict[str, str]:
@@ -121,10 +122,11 @@ class _Planner:
         by_count = counts.argsort(descending=True, stable=True)
         widths = [width for width in counts[by_count].tolist() if width]
         order = by_count[: len(widths)]
+        slots = SLOTS_ON_GPU if edge_index.device.type == "cuda" else SLOTS
         nodes, start = [], 0
         while start < len(order):
             width = widths[start]
-            end = min(len(order), start + max(1, SLOTS // width))
+            end = min(len(order), start + max(1, slots // width))
             mine = order[start:end]
             column = torch.arange(width, device=receiver.device)
             filling = column >= counts[mine].unsqueeze(1)

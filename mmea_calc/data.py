@@ -18,6 +18,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from mmea_calc.dataset import LABELS, Dataset, FloatArray, Label, Labelled, check_finite, composition, split
 from mmea_calc.errors import DataError
+from mmea_calc.graph import SMALLEST_VOLUME
 
 __all__ = [
     "LABELS",
@@ -227,8 +228,8 @@ def labelled_structure(
     clean = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     drop = {key for name in LABELS for key in (*LABEL_KEYS[name], named[name])}
     clean.info = {k: v for k, v in atoms.info.items() if k not in drop and isinstance(v, (str, int, float, np.generic))}
-    if not clean.pbc.any():
-        # Programs write zeros here for molecules; without a volume there is no stress to learn.
+    if not clean.pbc.any() or clean.cell.volume < SMALLEST_VOLUME:
+        # Programs write zeros here for molecules and sheets; without a volume there is no stress to learn.
         labels["stress"] = None
     item = Labelled(
         clean, config_type=str(atoms.info.get("config_type", "Default")), index=index, source=source, **labels

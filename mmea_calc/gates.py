@@ -316,7 +316,8 @@ class MagnitudeGate(nn.Module):
         return now.join(found)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, phi={self.phi}, saturate={self.saturate}, calibrated={self.calibrated}"
+        settings = f"rank={self.rank}, phi={self.phi}, nonlinearity={self.nonlinearity}"
+        return f"{settings}, saturate={self.saturate}, calibrated={self.calibrated}"
 
 
 class Bounds(NamedTuple):

@@ -19,6 +19,8 @@ from torch import Tensor
 from .errors import DataError
 from .neighbours import FloatArray, IntArray, pairs_within, periodic_cell
 
+SMALLEST_VOLUME = 1e-8  # A^3, of a cell that has one
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -53,15 +55,28 @@ def build_graph(atoms: Atoms, r_max: float) -> Graph:
         DataError: no atoms, positions or cell that are not finite, or a periodic direction without a lattice vector.
     """
     _check(atoms)
-    positions, cell, kept = _placed(atoms)
+    positions, cell, kept, _ = _placed(atoms)
     pbc = np.array(atoms.pbc, dtype=bool)
     first, second, shifts = pairs_within(positions, cell, pbc, r_max)
     return Graph(atoms.numbers.astype(np.int64), positions, kept, pbc, np.stack([first, second]), shifts)
 
 
-def graph_with_edges(atoms: Atoms, edge_index: IntArray, unit_shifts: FloatArray) -> Graph:
-    """The graph that `build_graph` made of this structure, given the edges it found."""
-    positions, _, kept = _placed(atoms)
+def shifts_as_given(atoms: Atoms, graph: Graph) -> FloatArray:
+    """The `unit_shifts` of this structure's graph if its atoms had been left where they are, (n_edges, 3).
+
+    Into which cell an atom on the face between two is moved is a matter of rounding, which processors do differently.
+    These do not depend on it.
+    """
+    *_, moved = _placed(atoms)
+    sender, receiver = graph.edge_index
+    return graph.unit_shifts - moved[receiver] + moved[sender]
+
+
+def graph_with_edges(atoms: Atoms, edge_index: IntArray, shifts: FloatArray) -> Graph:
+    """The graph that `build_graph` made of this structure, given the edges it found and their `shifts_as_given`."""
+    positions, _, kept, moved = _placed(atoms)
+    sender, receiver = edge_index
+    unit_shifts = shifts + moved[receiver] - moved[sender]
     pbc = np.array(atoms.pbc, dtype=bool)
     return Graph(atoms.numbers.astype(np.int64), positions, kept, pbc, edge_index, unit_shifts)
 
@@ -77,21 +92,23 @@ def _check(atoms: Atoms) -> None:
         raise DataError("the cell must be finite, got NaN or infinity")
 
 
-def _placed(atoms: Atoms) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Positions where single precision serves them best, the cell they were moved by, and the cell of the graph."""
+def _placed(atoms: Atoms) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Positions where single precision serves them best, the cell they were moved by, the cell of the graph, and by how
+    many lattice vectors each atom was moved back, (n_atoms, 3).
+    """
     positions = np.array(atoms.positions, dtype=np.float64)
     given, pbc = np.array(atoms.cell.array, dtype=np.float64), np.array(atoms.pbc, dtype=bool)
-    cell = periodic_cell(given, pbc)
+    cell, moved = periodic_cell(given, pbc), np.zeros_like(positions)
     if pbc.any():
-        fractional = positions @ np.linalg.inv(cell)
-        positions = positions - np.where(pbc, np.floor(fractional), 0.0) @ cell
+        moved = np.where(pbc, np.floor(positions @ np.linalg.inv(cell)), 0.0)
+        positions = positions - moved @ cell
     if not pbc.all():
         # mace-torch sizes the box of a molecule by its distance from the origin; here that distance is taken away.
         # Along periodic directions the atoms stay in their cell.
         middle = (positions @ np.linalg.inv(cell)).mean(axis=0)
         positions = positions - np.where(pbc, 0.0, middle) @ cell
     # The volume of a slab's own cell, vacuum included, is what its stress refers to.
-    return positions, cell, given if abs(np.linalg.det(given)) > 1e-8 else cell
+    return positions, cell, given if abs(np.linalg.det(given)) > SMALLEST_VOLUME else cell, moved
 
 
 @dataclass

@@ -169,7 +169,10 @@ def of_cuequivariance(network: nn.Module) -> nn.Module:
     try:
         with _building():
             convert = importlib.import_module("mace.cli.convert_e3nn_cueq")
-            return convert.run(network, device=str(next(network.parameters()).device), return_model=True)
+            device = next(network.parameters()).device
+            # It asks whether the device is called "cuda", without a number, before it takes the fused convolution.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return convert.run(network, device=device.type, return_model=True)
     except Exception as problem:  # whatever another package's code makes of a network that it does not know
         raise BackboneError(
             f"mace-torch cannot convert this network to cuEquivariance ({type(problem).__name__}: {problem})"

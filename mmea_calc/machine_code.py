@@ -12,7 +12,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,8 @@ from .memory import keep_small_blocks
 from .tracing import Traced, place_of
 
 PROGRAM_VERSION = 4
+# Of a side of a tensor, such as pairs or atoms.
+_LARGEST = 2**26
 
 
 def program_folder() -> Path:
@@ -95,7 +97,9 @@ class Program:
             with safetensors.safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
                 self.names: list[str] = json.loads(file.metadata()["inputs"])
                 self.fixed = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
-            self._run = _load(path.with_suffix(".pt2"), device)
+            self._device = device
+            with _current(device):  # opening makes its device the current one for good
+                self._run = _load(path.with_suffix(".pt2"), device)
             if device.type == "cpu":
                 keep_small_blocks()
         except Exception as problem:  # whatever a foreign or damaged file makes torch raise
@@ -109,7 +113,12 @@ class Program:
 
     def __call__(self, inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Results for the tensors of a batch."""
-        return self._run([*inputs, *values])
+        with _current(self._device):  # its operations go to the stream of the current device
+            return self._run([*inputs, *values])
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -144,8 +153,11 @@ def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:
         names.append(name)
     inputs = [*traced.inputs, *traced.constants]
     dynamic: list[set[int]] = [*traced.dynamic, *(set() for _ in traced.constants)]
+    # On a GPU inductor counts with 32 bits unless told how large things may become, and judges by the example's size.
+    on_gpu = any(t.device.type == "cuda" for t in inputs)
+    any_size = Dim.AUTO(max=_LARGEST) if on_gpu else Dim.AUTO
     shapes = tuple(
-        {d: Dim.AUTO if d in which else Dim.STATIC for d in range(t.dim())}
+        {d: any_size if d in which else Dim.STATIC for d in range(t.dim())}
         for t, which in zip(inputs, dynamic, strict=True)
     )
     with quiet():
@@ -180,7 +192,7 @@ def being_made(path: Path) -> Iterator[Path]:
         except Exception as problem:  # inductor raises whatever its passes and the compiler raise
             raise CompilationError(
                 f"this network cannot be compiled here ({type(problem).__name__}: {first_line(problem)[:200]}); "
-                "a C++ compiler is needed (g++ or clang), and everything works without"
+                "a C++ compiler is needed (g++ or clang), for a GPU also CUDA's toolkit, and everything works without"
             ) from problem
         for ending in (".pt2", ".safetensors"):  # in this order: the second says that the first is whole
             made.with_suffix(ending).replace(path.with_suffix(ending))

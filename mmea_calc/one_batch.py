@@ -104,15 +104,18 @@ class OneBatch:
             some = steps[start : start + size]
             if len(some) < 2 or not self._usable:
                 continue
+            found: list[tuple[Loss, Gradients]] | None = None
             try:
                 found = self._together(some)
             except torch.OutOfMemoryError:
+                pass
+            except Exception as problem:  # a layer that mixes rows may raise anything
+                self._give_up(f"{type(problem).__name__}: {problem}")
+                return
+            if found is None:  # out of the handler, which would hold all that there was no memory for
                 self._most = (len(some) + 1) // 2
                 torch.cuda.empty_cache()
                 self._compute(steps[start:])
-                return
-            except Exception as problem:  # a layer that mixes rows may raise anything
-                self._give_up(f"{type(problem).__name__}: {problem}")
                 return
             for step, one in zip(some, found, strict=True):
                 step.found = one
@@ -261,7 +264,8 @@ class _Gated:
 def _form(part: LinearPart) -> tuple[object, ...]:
     """Equal for parts that differ in their weights alone."""
     shapes = tuple((name, tuple(p.shape)) for name, p in part.named_parameters())
-    return type(part), part.extra_repr(), part.active, shapes
+    fixed = tuple((name, tuple(b.flatten().tolist())) for name, b in part.named_buffers())
+    return type(part), part.extra_repr(), part.active, shapes, fixed
 
 
 @contextmanager

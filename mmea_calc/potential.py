@@ -284,17 +284,18 @@ class Potential:
         """
         energies, kept = self.reference_energies, self._references
         numbers, owner = batch.numbers, batch.tensors["batch"]
-        if kept is None or kept[0] is not energies or kept[1] is not numbers or kept[2] is not owner:
+        # Energies by their values: a user may change one of them.
+        if kept is None or kept[1] is not numbers or kept[2] is not owner or kept[0] != energies:
             per_atom = self._reference_table()[numbers]
             zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
-            self._references = kept = (energies, numbers, owner, per_atom, zero.index_add(0, owner, per_atom))
+            self._references = kept = (dict(energies), numbers, owner, per_atom, zero.index_add(0, owner, per_atom))
         return kept[3], kept[4]
 
     def _reference_table(self) -> Tensor:
         """By atomic number."""
         energies, kept = self.reference_energies, self._table
-        if kept is None or kept[0] is not energies or kept[1].device != self.device:
+        if kept is None or kept[0] != energies or kept[1].device != self.device:
             table = torch.zeros(120, dtype=torch.float64)
             table[list(energies)] = torch.tensor(list(energies.values()), dtype=torch.float64)
-            self._table = kept = (energies, table.to(self.device))
+            self._table = kept = (dict(energies), table.to(self.device))
         return kept[1]

@@ -1,6 +1,6 @@
 """Prepared data: structures, labels and neighbour lists in an HDF5 file that is read structure by structure.
 
-`mmea prepare` writes one; data sets that are larger than memory are trained on from it. The layout, version 1:
+`mmea prepare` writes one; data sets that are larger than memory are trained on from it. The layout, version 2:
 
     /                       attributes format "mmea prepared data", version, r_max (A), name, keys, isolated_atoms
                             (atomic number -> eV), notes, elements, counts, config_types, sources (JSON), hash
@@ -16,7 +16,7 @@
     atoms/numbers           (n_atoms,) uint8
     atoms/positions         (n_atoms, 3) float64, A; atoms/forces (n_atoms, 3) float64, eV/A, NaN where there are none
     edges/atoms             (n_edges, 2) uint16, sender and receiver within the structure
-    shifts/cells            (n_shifts, 3) int16, lattice vectors crossed by its edges, in their order
+    shifts/cells            (n_shifts, 3) int16, lattice vectors crossed by its edges between atoms as they are given
 
 What is kept in memory is 36 bytes per structure: where its parts are, and what it has.
 """
@@ -43,7 +43,7 @@ from .errors import DataError
 from .graph import Graph, graph_with_edges
 from .loss import LabelCounts
 
-FORMAT, VERSION = "mmea prepared data", 1
+FORMAT, VERSION = "mmea prepared data", 2
 SUFFIXES = (".h5", ".hdf5")
 HAS = {"energy": 1, "forces": 2, "stress": 4, "cell": 8}
 # Reports and reference energies look at so many structures, and at so many more of every element.
@@ -113,6 +113,11 @@ class PreparedFile:
         if attributes["version"] > VERSION:
             raise DataError(
                 f"{path} has version {attributes['version']} of the format, this mmea knows {VERSION}: upgrade mmea"
+            )
+        if attributes["version"] < VERSION:
+            raise DataError(
+                f"{path} has version {attributes['version']} of the format, whose neighbours of crystals hold on the "
+                "kind of processor alone that found them: make it again with mmea prepare"
             )
         self.r_max, self.hash = float(attributes["r_max"]), str(attributes["hash"])
         self.info: dict[str, Any] = json.loads(attributes["info"])

@@ -29,7 +29,7 @@ from .data import (
 from .dataset import LABELS, ContentHash, Label, Labelled
 from .errors import DataError
 from .files import replacing
-from .graph import build_graph, check_elements
+from .graph import build_graph, check_elements, shifts_as_given
 from .preflight import shortest_distance
 from .prepared import FORMAT, HAS, VERSION, PreparedDataset, element_mask, is_prepared, open_prepared
 
@@ -37,6 +37,7 @@ from .prepared import FORMAT, HAS, VERSION, PreparedDataset, element_mask, is_pr
 _TOGETHER = 1000
 _CHUNK_BYTES = 65536
 _LARGEST = np.iinfo(np.uint16).max
+_FARTHEST = np.iinfo(np.int16).max
 _COLUMNS: Mapping[str, tuple[tuple[int, ...], str]] = {
     "structures/atoms_end": ((), "<i8"),
     "structures/edges_end": ((), "<i8"),
@@ -169,7 +170,12 @@ class PreparedWriter:
         if atoms.pbc.any() or atoms.cell.array.any():
             has += HAS["cell"]
         if atoms.pbc.any():
-            shifts = graph.unit_shifts
+            shifts = shifts_as_given(atoms, graph)
+            if np.abs(shifts).max(initial=0) > _FARTHEST:
+                raise DataError(
+                    f"{item.where} has atoms {np.abs(shifts).max():.0f} cells apart, expected at most {_FARTHEST}: "
+                    "wrap its positions into the cell"
+                )
         for name, grown in (("atoms", len(atoms)), ("edges", graph.edge_index.shape[1]), ("shifts", len(shifts))):
             self._ends[name] += grown
         mask = element_mask(atoms.numbers.tolist())

@@ -9,6 +9,7 @@ On other devices a recording runs the function, so that all that stands on it is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -19,6 +20,15 @@ T = TypeVar("T")
 
 # Runs before the recording: libraries make their handles in the first one, TorchScript its code in the second.
 _WARM_UP = 3
+_ONE_AT_A_TIME = threading.Lock()  # torch allows no two recordings at once in a process
+
+# Of `Recordings`: a recording takes as long as some five calls, and is not made before shapes have come so often ...
+_SIGHTINGS = 3
+# ... nor in the place of another one while those that were made have been called less often than this, each.
+_WORTH = 10
+_REMEMBERED = 1000  # shapes
+# Largest difference of a recording's result from the function's own, over its norm.
+_TOLERANCE = 1e-3
 
 
 class Recording(Generic[T]):
@@ -33,23 +43,29 @@ class Recording(Generic[T]):
     """
 
     def __init__(self, function: Callable[[], T], device: torch.device) -> None:
-        self._function = function
+        self._function: Callable[[], T] | None = function
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: T
+        self._result: T | None = None
         if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._graph, self._result = _record(function, device)
+            self._graph, self._result = _record(function, device)
 
     def __call__(self) -> T:
         """The function's result; with a graph, the same tensors every time."""
+        assert self._function is not None  # not closed
         if self._graph is None:
             return self._function()
         self._graph.replay()
-        return self._result
+        return self._result  # type: ignore[return-value]  # T may be None
+
+    def close(self) -> None:
+        """Give all memory back: what a graph holds stands in circles of references, which would keep it for long."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._function = self._graph = self._result = None
 
 
 class Recordings:
-    """A function of tensors, recorded for every set of shapes that comes again.
+    """A function of tensors, recorded for every set of shapes that comes again and again.
 
     Args:
         function: of tensors whose values alone differ between calls of one recording.
@@ -61,36 +77,78 @@ class Recordings:
         self, function: Callable[[list[Tensor]], Sequence[Tensor]], device: torch.device, *, most: int = 8
     ) -> None:
         self._function, self._device, self._most = function, device, most
-        self._seen: set[tuple[object, ...]] = set()
-        self._kept: dict[tuple[object, ...], tuple[list[Tensor], Recording[Sequence[Tensor]]]] = {}
+        self._seen: dict[tuple[object, ...], int] = {}
+        self._kept: dict[tuple[object, ...], _Kept] = {}
+        self._n_made, self._n_calls = 0, 0
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         """The function's results, in tensors of their own.
 
         Raises:
-            RuntimeError: see `Recording`.
+            RuntimeError: see `Recording`; or the first results of a recording are not those of the function.
         """
         key = tuple((t.shape, t.dtype) for t in inputs)
         kept = self._kept.pop(key, None)
         if kept is None:
-            if key not in self._seen:  # shapes that do not come again are not worth a recording
-                self._seen.add(key)
-                return list(self._function(inputs))
-            while len(self._kept) >= self._most:
-                del self._kept[next(iter(self._kept))]
-            mine = [t.clone() for t in inputs]
-            kept = mine, Recording(lambda: self._function(mine), self._device)
+            found = list(self._function(inputs))
+            if self._is_worth_it(key):
+                self._make(key, inputs)
+            return found
         self._kept[key] = kept  # the latest last
-        _copy(inputs, kept[0])
-        results = kept[1]()
+        _copy(inputs, kept.inputs)
+        results = kept.recording()
+        if (
+            not kept.proven
+        ):  # at other inputs than those at which it was recorded, where nothing has to be done to agree
+            _compare(results, self._function(inputs))
+            kept.proven = True
+        self._n_calls += 1
         own = [torch.empty_like(t) for t in results]
         _copy(results, own)
         return own
+
+    def _is_worth_it(self, key: tuple[object, ...]) -> bool:
+        times = self._seen.pop(key, 0) + 1
+        self._seen[key] = times
+        if len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        if times < _SIGHTINGS:
+            return False
+        return len(self._kept) < self._most or self._n_calls >= _WORTH * self._n_made
+
+    def _make(self, key: tuple[object, ...], inputs: list[Tensor]) -> None:
+        while len(self._kept) >= self._most:
+            self._kept.pop(next(iter(self._kept))).recording.close()
+        mine = [t.clone() for t in inputs]
+        self._kept[key] = _Kept(mine, Recording(lambda: self._function(mine), self._device))
+        self._n_made += 1
+
+    def close(self) -> None:
+        """Give the memory of all recordings back."""
+        while self._kept:
+            self._kept.popitem()[1].recording.close()
 
     @property
     def n_kept(self) -> int:
         """How many recordings there are."""
         return len(self._kept)
+
+
+class _Kept:
+    """A recording, the tensors that it reads, and whether its results were compared."""
+
+    def __init__(self, inputs: list[Tensor], recording: Recording[Sequence[Tensor]]) -> None:
+        self.inputs, self.recording, self.proven = inputs, recording, False
+
+
+def _compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raise RuntimeError unless these are the same, tensor by tensor, as far as rounding allows."""
+    sizes = [float(t.double().norm()) for t in expected]
+    rounding = 0.01 * max(sizes, default=0.0)  # small ones carry that of the large ones
+    for one, other, size in zip(found, expected, sizes, strict=True):
+        apart = float((one.double() - other.double()).norm())
+        if not apart <= _TOLERANCE * max(size, rounding):
+            raise RuntimeError(f"what is recorded gives other results, by {apart:.2g} where they are {size:.2g}")
 
 
 def _copy(of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
@@ -101,16 +159,30 @@ def _copy(of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
 
 
 def _record(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        for _ in range(_WARM_UP):
-            function()
-    torch.cuda.current_stream(device).wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    with _ONE_AT_A_TIME, torch.cuda.device(device):
+        before, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        aside.wait_stream(before)
+        # A graph's own context does not leave its stream where ending the recording fails; this one does.
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP - 1):
+                function()
+            _run_without_waiting(function)
+            graph = torch.cuda.CUDAGraph()
+            # The stream that torch takes by itself is one of the first device that anything was recorded on.
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                result = function()
+        before.wait_stream(aside)
     return graph, result
+
+
+def _run_without_waiting(function: Callable[[], object]) -> None:
+    """Run it once; RuntimeError where it waits for the device, which within a recording would leave that half made."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 __all__ = ["Recording", "Recordings"]

@@ -67,7 +67,8 @@ class RecordedCall:
         if not self.usable:
             return None
         if self._seen is None or not _only_moved(self._seen, atoms):
-            self._seen, self._list, self._tensors = atoms.copy(), None, None
+            self._seen, self._list = atoms.copy(), None
+            self._close()
             return None
         if len(atoms) < 2 or not np.isfinite(atoms.positions).all():
             return None
@@ -87,8 +88,10 @@ class RecordedCall:
         if fixed is None:
             return None
         found = fixed(moved)
-        if found is None or not (self._proven or self._proves_right(found, atoms, stress)):
+        if found is None or not (self._proven or self._agrees(found, atoms, stress)):
             return None
+        # Where atoms are as they were when it was recorded, something that does nothing at all agrees as well.
+        self._proven = self._proven or bool(moved.any())
         self.n_calls += 1
         return self.potential.totalled(now.batch, found)
 
@@ -100,30 +103,40 @@ class RecordedCall:
         """The recording for this list; None if it would not pay."""
         values = self.potential.state()
         if not same_state(values, self._values):
-            self._values, self._tensors = values, None
+            self._values = values
+            self._close()
         kept = self._tensors
         if kept is not None and kept.stress == stress and (not fresh or kept.take(of)):
             return kept
         width = width_of(of.batch.tensors["edge_index"], of.batch.n_atoms, WIDTHS)
         if width * of.batch.n_atoms > MOST_EDGES:
             return None
+        self._close()
         self._tensors, self._proven = _Fixed(self.potential, of, width, stress), False
         self.n_recorded += 1
         return self._tensors
 
-    def _proves_right(self, found: Found, atoms: Atoms, stress: bool) -> bool:
+    def _agrees(self, found: Found, atoms: Atoms, stress: bool) -> bool:
+        """With the plain path."""
         batch = self.potential.collate([self.potential.graph(atoms)])
         difference, allowed = disagreement(found, self.potential.found_plainly(batch, stress=stress))
-        self._proven = difference <= allowed
-        if not self._proven:
+        agrees = difference <= allowed
+        if not agrees:
             self._give_up(
                 f"forces differ by {difference:.2g} eV/A from the plain path's, expected at most {allowed:.2g}; "
-                "presumably this network does not end at its cutoff"
+                "presumably this network does not end at its cutoff, or something in it was not recorded"
             )
-        return self._proven
+        return agrees
+
+    def _close(self) -> None:
+        """Forget the recording, and with it its memory."""
+        if self._tensors is not None:
+            self._tensors.close()
+        self._tensors = None
 
     def _give_up(self, why: str) -> None:
-        self.usable, self._list, self._tensors = False, None, None
+        self.usable, self._list = False, None
+        self._close()
         warnings.warn(f"every call starts its operations one by one ({why})", stacklevel=5)
 
 
@@ -147,6 +160,10 @@ class _Fixed:
         self.network = FixedNetwork(potential, of.batch, self.table, stress=stress)
         self.set_positions(of)
         self._recording = Recording(self._call, potential.device)
+
+    def close(self) -> None:
+        """Give the recording's memory back."""
+        self._recording.close()
 
     def set_positions(self, of: _List) -> None:
         """Where the atoms were when the list was made, in double precision."""

@@ -181,7 +181,7 @@ def own_device(device: str, local_rank: int, local_size: int) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" or local_size == 1:
-        return device
+        return "cuda:0" if device == "cuda" else device  # torch wants a number
     if device != "cuda":
         raise TrainingError(f"{local_size} processes cannot share the device {device!r}: expected cpu, cuda or auto")
     if (found := torch.cuda.device_count()) < local_size:

@@ -259,14 +259,18 @@ class Trainer:
             return ""
 
         if not self.config.compile:
-            if self.potential.device.type != "cuda" or not self.potential.backbone.fast or self.config.stress_weight:
-                return None
-            return CompiledGradient(self.potential, self.adapter, self.config, compiled=False)
+            return self._recorded()
         self.progress(ProgressEvent(message="compiling training steps, unless that was done before: a few minutes"))
         if reason := self.team.from_first(make):
             self.progress(ProgressEvent(message=f"training steps are not compiled: {reason}"))
-            return None
+            return self._recorded()
         return made[0] if made else CompiledGradient(self.potential, self.adapter, self.config)
+
+    def _recorded(self) -> CompiledGradient | None:
+        """Steps by the network's own operations, recorded on a GPU."""
+        if self.potential.device.type != "cuda" or not self.potential.backbone.fast or self.config.stress_weight:
+            return None
+        return CompiledGradient(self.potential, self.adapter, self.config, compiled=False)
 
     def _scheduled_lr(self) -> float:
         warmup = max(1, self.config.warmup_steps)
@@ -337,7 +341,8 @@ class Trainer:
         if content is None:
             return False
         try:
-            state = torch.load(io.BytesIO(content), map_location=self.potential.device, weights_only=True)
+            # Everything finds its device below; an optimiser's counters of steps are to stay with the host.
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             identity = state["identity"]
         except Exception as problem:
             raise TrainingError(

@@ -244,6 +244,16 @@ def test_fingerprint_changes_when_one_weight_one_e0_or_the_cutoff_changes() -> N
     assert backbone_file.fingerprint(config, {n: p.float() for n, p in parameters.items()}) != before
     for key, value in (("atomic_energies", [-1.5, -2.5, -3.6]), ("r_max", 4.1), ("avg_num_neighbors", 8.1)):
         assert backbone_file.fingerprint({**config, key: value}, parameters) != before
+    unusual = [
+        ("num_polynomial_cutoff", 6),
+        ("gate", "tanh"),
+        ("distance_transform", "Agnesi"),
+        ("apply_cutoff", False),
+    ]
+    found = {backbone_file.fingerprint({**config, key: value}, parameters) for key, value in unusual}
+    assert len(found | {before}) == 5
+    usual = {"distance_transform": "None", "radial_type": "bessel", "apply_cutoff": True}
+    assert backbone_file.fingerprint({**config, **usual}, parameters) == before  # said or not
     assert backbone_file.fingerprint({**config, "notes": "anything"}, parameters) == before
 
 

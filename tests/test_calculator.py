@@ -363,6 +363,36 @@ def test_an_element_unseen_in_training_is_warned_of_once() -> None:
     calculator.get_potential_energy(molecule("H2O"))  # a second warning would be an error here
 
 
+def test_unseen_elements_are_warned_of_for_an_adapter_that_is_chosen_later() -> None:
+    backbone, atoms = small_backbone(), ethanol()
+    files = adapter_for(backbone), adapter_for(backbone, 2, elements=(1, 6))
+    atoms.calc = calculator = MMEACalculator(files[0], backbone)
+    atoms.get_potential_energy()
+    calculator.load_adapter("b", files[1])
+    calculator.set_adapter("b")
+    with pytest.warns(UserWarning, match="adapter 'b' has seen no O in training"):
+        atoms.get_potential_energy()
+
+
+def test_a_backbone_that_somebody_moves_to_another_precision_is_followed() -> None:
+    backbone, atoms = small_backbone(), ethanol()
+    atoms.calc = calculator = MMEACalculator(adapter_for(backbone), backbone)
+    before = atoms.get_forces()
+    other = torch.float32 if backbone.dtype == torch.float64 else torch.float64
+    backbone.to(dtype=other)
+    calculator.reset()
+    np.testing.assert_allclose(atoms.get_forces(), before, rtol=0, atol=1e-4)
+
+
+def test_a_reference_energy_that_is_changed_in_its_place_is_seen() -> None:
+    backbone, atoms = small_backbone(), ethanol()
+    atoms.calc = calculator = MMEACalculator(adapter_for(backbone), backbone)
+    before = atoms.get_potential_energy()
+    calculator.potential.reference_energies[8] = calculator.potential.reference_energies[8] + 1.0
+    calculator.reset()
+    assert atoms.get_potential_energy() == pytest.approx(before + 1.0, abs=1e-4)
+
+
 # --- committee ------------------------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,11 @@ def test_stress_comes_in_three_shapes(tmp_path: Path, shape: tuple[int, ...]) ->
 def test_stress_of_a_molecule_is_left_out(tmp_path: Path) -> None:
     atoms = with_calculator(water(0), energy=-1.0, stress=np.zeros(6))
     assert read_dataset(write(tmp_path / "a.xyz", [atoms])).structures[0].stress is None
+    atoms.set_cell([5.0, 6.0, 0.0])
+    atoms.pbc = (True, True, False)  # a sheet without a volume
+    assert read_dataset(write(tmp_path / "b.xyz", [atoms])).structures[0].stress is None
+    atoms.set_cell([5.0, 6.0, 7.0])
+    assert read_dataset(write(tmp_path / "c.xyz", [atoms])).structures[0].stress is not None
 
 
 def test_each_label_is_optional(tmp_path: Path) -> None:

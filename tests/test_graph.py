@@ -12,7 +12,7 @@ from ase.build import bulk, fcc111, molecule
 
 from conftest import ELEMENTS, crystal, ethanol
 from mmea_calc.errors import DataError
-from mmea_calc.graph import Graph, build_graph, check_elements, collate
+from mmea_calc.graph import Graph, build_graph, check_elements, collate, graph_with_edges, shifts_as_given
 
 
 def brute_force(atoms: Atoms, r_max: float) -> np.ndarray:
@@ -181,6 +181,21 @@ def test_edges_run_from_sender_to_receiver() -> None:
     graph = build_graph(Atoms("CO", [[0, 0, 0], [0, 0, 1.1]]), 3.0)
     row = edges(graph)[0]
     np.testing.assert_allclose(row, [0, 1, 0, 0, 1.1])
+
+
+@pytest.mark.parametrize("structure", [on_the_faces, sheared, tilted_wire, slab, outside, ethanol])
+def test_edges_that_are_kept_fit_wherever_rounding_puts_an_atom(structure: Callable[[], Atoms]) -> None:
+    atoms = structure()
+    graph = build_graph(atoms, 5.0)
+    kept = shifts_as_given(atoms, graph)
+    again = graph_with_edges(atoms, graph.edge_index, kept)
+    np.testing.assert_array_equal(again.unit_shifts, graph.unit_shifts)
+    vectors = edges(graph)
+    # Another processor rounds otherwise: atoms on a face come out on its other side.
+    rng = np.random.default_rng(0)
+    atoms.positions += rng.choice([-1e-13, 1e-13], atoms.positions.shape)
+    found = edges(graph_with_edges(atoms, graph.edge_index, kept))
+    np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-9)
 
 
 def test_the_structure_is_not_changed() -> None:

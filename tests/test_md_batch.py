@@ -86,7 +86,21 @@ def diamond() -> Atoms:
     return atoms
 
 
-STARTS = {"molecule": triatomic, "large molecule": chain, "slab": slab, "crystal": diamond}
+def leaning_slab() -> Atoms:
+    """One whose third vector leans by as much as puts the middle of the slab on an edge of rounding."""
+    atoms = slab()
+    atoms.cell[2] = atoms.cell[0] + [0, 0, 7.0]
+    atoms.center(axis=2)
+    return atoms
+
+
+STARTS = {
+    "molecule": triatomic,
+    "leaning slab": leaning_slab,
+    "large molecule": chain,
+    "slab": slab,
+    "crystal": diamond,
+}
 
 
 # --- neighbours ------------------------------------------------------------------------------------------------------
@@ -280,6 +294,24 @@ def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) ->
     assert watched == 2 * [*[False] * (GATES_EVERY - 1), True]
     assert rows[of_gates, 0] > 0
     assert adapter.enabled
+
+
+@pytest.mark.parametrize(
+    "atoms", [Atoms("H"), Atoms("H2", [[0, 0, 0], [0, 0, 50.0]])], ids=["one atom", "two far apart"]
+)
+def test_gates_of_atoms_out_of_reach_are_watched_too(atoms: Atoms) -> None:
+    potential = tiny_potential()
+    adapter = potential.adapter = attach(potential.backbone.network, AdapterConfig(method="gates", gate_rank=4))
+    randomise(adapter, std=0.5)
+    with adapter.recording():
+        potential.predict_graphs([potential.graph(ethanol())])
+    simulation = simulate(potential, [atoms], 0, temperatures_K=(300.0,), stats_every=2, traj_every=2, drift_every=2)
+    seen = []
+    for _ in range(2 * GATES_EVERY):
+        simulation.advance(2)
+        seen.append(float(simulation.sample()[NAMES.index("gate_excess"), 0]))
+    assert seen[-1] > 0  # ethanol has no such atoms
+    assert simulation.state.step == 4 * GATES_EVERY
 
 
 def test_gates_are_seen_alike_in_parts_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

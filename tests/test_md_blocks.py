@@ -12,7 +12,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from small_adapter import ENERGIES, trained
-from waiting import watched_recording
+from waiting import Nothing, watched_recording
 
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
@@ -246,6 +246,13 @@ def test_what_cannot_be_recorded_is_told_once_and_done_without(monkeypatch: pyte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row.advance(8)
+    assert_the_same(row, simulate((ethanol(),), 16, blocks=False))
+
+
+def test_recorded_steps_that_move_nothing_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmea_calc.md.blocks.Recording", Nothing)
+    with pytest.warns(UserWarning, match="steps are taken one by one .recorded steps moved nothing"):
+        row = simulate((ethanol(),), 16, blocks=True)
     assert_the_same(row, simulate((ethanol(),), 16, blocks=False))
 
 

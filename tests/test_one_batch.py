@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,11 +161,15 @@ def test_what_memory_does_not_hold_goes_in_smaller_batches(
 ) -> None:
     hub, sizes = Potential(four[0]), []
     whole = Potential.predict
+    failed: list[weakref.ref[torch.Tensor]] = []
 
     def small_memory(self: Potential, batch: Any, **options: Any) -> Any:
         if self is hub:
             sizes.append(batch.n_graphs)
+            assert not any(one() is not None for one in failed)  # nothing of a failed attempt is held in the next
             if batch.n_graphs > 4:
+                activations = torch.ones(3)
+                failed.append(weakref.ref(activations))
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, batch, **options)
 
@@ -173,6 +178,7 @@ def test_what_memory_does_not_hold_goes_in_smaller_batches(
     rounds = OneBatch(hub).run([training(step, 2) for step in steps])
     for which in range(2):
         assert_own([found[which] for found in rounds], steps)
+    assert len(failed) == 1
     assert sizes == [7, 4, 4]  # all, then the first two together and the last alone; all are not tried again
 
 

@@ -188,6 +188,7 @@ def test_every_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert [own_device("auto", k, 2) for k in range(2)] == ["cuda:0", "cuda:1"]
     assert own_device("cpu", 3, 4) == "cpu"
     assert own_device("cuda:1", 0, 1) == "cuda:1"
+    assert own_device("cuda", 0, 1) == "cuda:0"
     with pytest.raises(TrainingError, match="3 processes need as many GPUs on this machine, found 2"):
         own_device("cuda", 0, 3)
     with pytest.raises(TrainingError, match="cannot share the device 'cuda:1'"):

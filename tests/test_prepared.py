@@ -194,12 +194,16 @@ def test_a_file_that_is_no_prepared_data_is_refused(tmp_path: Path) -> None:
         open_dataset([tmp_path / "train.h5"], energy_key="dft")
     with pytest.raises(DataError, match="is prepared data already"):
         prepare([tmp_path / "train.h5"], tmp_path / "again.h5", r_max=4.0)
-    with h5py.File(tmp_path / "train.h5", "a") as file:
-        file.attrs["version"] = 99
+    for name, version in (("old", 1), ("train", 99)):
+        if name == "old":
+            (tmp_path / "old.h5").write_bytes((tmp_path / "train.h5").read_bytes())
+        with h5py.File(tmp_path / f"{name}.h5", "a") as file:
+            file.attrs["version"] = version
     for name, message in (
+        ("old", "has version 1 of the format, .* make it again with mmea prepare"),
         ("text", "cannot be read as HDF5"),
         ("other", "no prepared data"),
-        ("train", "has version 99 of the format, this mmea knows 1: upgrade"),
+        ("train", "has version 99 of the format, this mmea knows 2: upgrade"),
         ("absent", "no such file"),
     ):
         with pytest.raises(DataError, match=message):

@@ -138,6 +138,15 @@ def test_pair_repulsion_is_added_to_the_networks_energy(few: Path, tmp_path: Pat
     assert zbl(1.53) == 0.0
 
 
+def test_reference_energies_are_those_of_the_file_that_is_given(tmp_path: Path) -> None:
+    (tmp_path / "e0.json").write_text('{"1": -1.0}')
+    (tmp_path / "revised.json").write_text('{"1": -2.0}')
+    assert read_e0(tmp_path) == {1: -1.0}
+    assert read_e0(tmp_path / "revised.json") == {1: -2.0}
+    with pytest.raises(DataError, match=r"absent.json should map atomic numbers to energies"):
+        read_e0(tmp_path / "absent.json")
+
+
 @pytest.fixture
 def repulsion(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], tuple[float, float]]:
     """In the place of GFN2-xTB: r -> energy, eV, and slope of 400 exp(-3 r) / r, stiff enough to reach 100 eV."""

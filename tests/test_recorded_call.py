@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from ase.build import molecule
 from ase.md.verlet import VelocityVerlet
 from small_adapter import adapter, backbone_path
 from test_md_blocks import carbon, potential
-from waiting import watched_recording
+from waiting import Nothing, watched_recording
 
 from conftest import crystal, ethanol
 from mmea_calc import MMEACalculator
 from mmea_calc.errors import DataError
 from mmea_calc.potential import Potential, Prediction
+from mmea_calc.recorded import Recording
 from mmea_calc.recorded_call import RecordedCall
 
 STRUCTURES = {"molecule": ethanol, "crystal": crystal, "list": carbon}
@@ -127,6 +130,34 @@ def test_a_network_that_does_not_end_at_its_cutoff_is_found_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert call.predict(atoms, stress=False) is None
+
+
+def test_a_call_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmea_calc.recorded_call.Recording", Nothing)
+    call, atoms = RecordedCall(potential()), crystal()
+    call.predict(atoms, stress=True)
+    assert call.predict(atoms, stress=True) is not None  # where it was recorded
+    atoms.rattle(0.02, seed=1)
+    with pytest.warns(UserWarning, match="or something in it was not recorded"):
+        assert call.predict(atoms, stress=True) is None
+
+
+def test_recordings_that_are_replaced_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Recording[Any]] = []
+
+    class Counted(Recording[Any]):
+        def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+            super().__init__(function, device)
+            made.append(self)
+
+    monkeypatch.setattr("mmea_calc.recorded_call.Recording", Counted)
+    call = RecordedCall(potential())
+    for factor in (1.0, 1.02, 1.04):
+        atoms = crystal()
+        atoms.set_cell(atoms.cell.array * factor, scale_atoms=True)
+        for _ in range(2):
+            call.predict(atoms, stress=False)
+    assert [recording._function is None for recording in made] == [True, True, False]
 
 
 def test_nothing_in_a_recorded_call_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,9 +144,9 @@ def _write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
 
 
 def _cell(value: Any) -> Any:
-    """Numbers to nine digits, more than float32 holds; what is not there is an empty cell."""
+    """Numbers to their last bit, total energies among them; what is not there is an empty cell."""
     if isinstance(value, float):
-        return f"{value:.9g}" if math.isfinite(value) else ""
+        return repr(float(value)).removesuffix(".0") if math.isfinite(value) else ""
     return value
 
 

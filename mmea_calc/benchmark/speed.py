@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..calculator import MMEACalculator
 from ..compiled_training import CompiledGradient, Gradients
 from ..config import AdapterConfig, MDConfig, TrainConfig
 from ..dataset import Labelled
-from ..errors import BackboneError
+from ..errors import BackboneError, CompilationError
 from ..loss import Loss, LossWeights, collect_labels, loss_of
 from ..md.simulation import Simulation
 from ..potential import Potential
@@ -108,8 +108,8 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
         tell: told what is being done.
 
     Raises:
-        BackboneError, AdapterFileError: what is to be measured cannot be opened.
-        CompilationError: it cannot be compiled; `compile=False` measures without.
+        BackboneError, AdapterFileError: what is to be measured cannot be opened. What cannot be compiled is told, and
+            measured without.
     """
     file = read_adapter(config.adapter) if config.adapter else random_adapter(config)
     adapted = MMEACalculator(file, backbone=open_backbone(config, kernels=config.kernels))
@@ -117,11 +117,7 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     theirs = mace_calculator(config)
     if missing := sorted(set(aspirin().numbers.tolist()) - set(adapted.backbone.elements)):
         raise BackboneError(f"aspirin is measured, and this backbone has no elements {missing}: choose another")
-    if config.compile and config.kernels == "own":
-        for name, calculator in (("with its adapter", adapted), ("alone", bare)):
-            for stress in (False, True) if config.atoms else (False,):
-                tell(f"compiling the backbone {name}{', with stresses' if stress else ''}")
-                calculator.potential.compile(stress=stress)
+    config = _compiled(config, adapted, bare, tell)
     rows: list[Timed] = []
 
     def add(*found: Timed) -> None:
@@ -146,7 +142,25 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
         add(*_training(config))
     device = adapted.potential.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Measured(f"{adapted.backbone.name}, {config.dtype}, {where}", rows)
+    without = "" if config.compile or config.kernels != "own" else ", no programs made"
+    return Measured(f"{adapted.backbone.name}, {config.dtype}, {where}{without}", rows)
+
+
+def _compiled(
+    config: SpeedConfig, adapted: MMEACalculator, bare: MMEACalculator, tell: Callable[[str], None]
+) -> SpeedConfig:
+    """Make the programs of calls; the settings of what is measured then: where there is no compiler, without."""
+    if not config.compile or config.kernels != "own":
+        return config
+    try:
+        for name, calculator in (("with its adapter", adapted), ("alone", bare)):
+            for stress in (False, True) if config.atoms else (False,):
+                tell(f"compiling the backbone {name}{', with stresses' if stress else ''}")
+                calculator.potential.compile(stress=stress)
+    except CompilationError as problem:
+        tell(f"measured without programs: {problem}")
+        return replace(config, compile=False)
+    return config
 
 
 def _mover(atoms: Atoms, calculator: Any) -> Callable[[], object]:

@@ -86,14 +86,15 @@ class Blocks:
         pairs = forces.neighbours.candidates(simulation.state.positions, _EARLY)
         values = forces.potential.state()
         if not same_state(values, self._values):
-            self._values, self._kept, self._proven = values, {}, False
+            self._values, self._proven = values, False
+            self._close()
             forces(simulation.state.positions)  # an ordinary call, by which a program is proven before it is recorded
         steps = self._steps(pairs)
         if steps is None:
             self.usable = False
             return None
         found = steps.run(pairs, n, look=look)
-        if found is None or not (self._proven or self._proves_right(found)):
+        if found is None or not (self._proven or self._proves_right(found, simulation.state)):
             return None
         simulation.state = found
         forces.move(found.positions)
@@ -108,11 +109,14 @@ class Blocks:
             return None
         kept = self._kept.pop(width, None)
         while kept is None and len(self._kept) >= _KEPT:
-            del self._kept[next(iter(self._kept))]
+            self._kept.pop(next(iter(self._kept))).close()
         self._kept[width] = kept or _Steps(self.simulation, pairs, width)  # the latest last
         return self._kept[width]
 
-    def _proves_right(self, state: State) -> bool:
+    def _proves_right(self, state: State, before: State) -> bool:
+        if torch.equal(state.positions, before.positions):  # what does nothing would agree with every step of it
+            self._give_up("recorded steps moved nothing")
+            return False
         energy, forces = self.simulation.forces(state.positions)
         scale = max(1.0, float(forces.abs().max()))
         worst = max(float((forces - state.forces).abs().max()), float((energy - state.potential_energy).abs().max()))
@@ -125,8 +129,14 @@ class Blocks:
             )
         return self._proven
 
+    def _close(self) -> None:
+        """Forget all recordings, and with them their memory."""
+        while self._kept:
+            self._kept.popitem()[1].close()
+
     def _give_up(self, why: str) -> None:
-        self.usable, self._kept = False, {}
+        self.usable = False
+        self._close()
         warnings.warn(f"steps are taken one by one ({why})", stacklevel=4)
 
 
@@ -178,6 +188,11 @@ class _Steps:
         if bool(self.trouble):
             return None
         return _copy(self.state, start.step + n)
+
+    def close(self) -> None:
+        """Give the recordings' memory back."""
+        for recording in self._recordings.values():
+            recording.close()
 
     def excesses(self) -> list[Tensor]:
         """As `ReplicaForces.watching_gates` gives them, of the last step in which they were watched."""

@@ -72,10 +72,12 @@ class ReplicaForces:
         if self.potential.adapter is None or not self.potential.adapter.observed:
             return
         whole, first = self._looked_at, 0
+        # Atoms that are all out of each other's reach make no tables to be divided.
+        alone = self.batch.tensors["edge_index"].shape[1] == 0
         try:
-            for part in self._parts.of(self.batch):
-                self._looked_at = slice(first, first + part.batch.n_atoms)
-                self.potential.predict(part.batch, forces=False)
+            for batch in [self.batch] if alone else [part.batch for part in self._parts.of(self.batch)]:
+                self._looked_at = slice(first, first + batch.n_atoms)
+                self.potential.predict(batch, forces=False)
                 first = self._looked_at.stop
         finally:
             self._looked_at = whole

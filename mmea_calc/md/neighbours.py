@@ -175,7 +175,9 @@ def _pairs_within(start: Atoms, positions: FloatArray, cutoff: float) -> tuple[I
     """Pairs, unit shifts and shifts for positions as they are, outside of the cell or not."""
     graph = build_graph(Atoms(start.numbers, positions, cell=start.cell, pbc=start.pbc), cutoff)
     # The graph's positions are wrapped: take back the lattice vectors by which each atom was moved.
-    cells = np.round((positions - graph.positions) @ np.linalg.inv(graph.cell)) * graph.pbc
+    # By the cell that they are of: a slab's own third vector may lean, and would bring parts of the others along.
+    cell = periodic_cell(np.array(start.cell.array, dtype=np.float64), graph.pbc)
+    cells = np.round((positions - graph.positions) @ np.linalg.inv(cell)) * graph.pbc
     sender, receiver = graph.edge_index
     unit_shifts = graph.unit_shifts - cells[receiver] + cells[sender]
     order = np.lexsort((*unit_shifts.T[::-1], receiver, sender))

@@ -171,9 +171,9 @@ def read_level(folder: Path) -> str:
         ) from problem
 
 
-def read_e0(folder: Path) -> dict[int, float]:
-    """Energies of isolated atoms, eV, of a set. Raises DataError."""
-    file = folder / "e0.json"
+def read_e0(path: Path) -> dict[int, float]:
+    """Energies of isolated atoms, eV, of a set: its folder, or a file. Raises DataError."""
+    file = path / "e0.json" if path.is_dir() else path
     try:
         return {int(z): float(energy) for z, energy in json.loads(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError) as problem:

@@ -224,7 +224,7 @@ def pack(
             file of the set.
         MMEAError: tblite is not installed.
     """
-    energies = read_e0(raw if e0 is None else e0.parent)
+    energies = read_e0(raw if e0 is None else e0)
     train, valid = f"train-{number}", f"valid-{number}" if number else "valid"
     sets: dict[str, list[dict[str, np.ndarray]]] = {train: [], valid: []}
     others = [f for kind in ("train", "valid") for f in sorted(out.glob(f"{kind}*.npz")) if f.stem not in sets]
