@@ -81,8 +81,10 @@ def check(
     }
     from mmea_calc.config import CheckConfig
     from mmea_calc.data import read_dataset
+    from mmea_calc.files import check_place
     from mmea_calc.md import open_potential
 
+    check_place(plot)
     config = CheckConfig(**{k: v for k, v in flags.items() if v is not None})
     atoms = _first(start)
     labelled = None if labels is None else read_dataset(labels)
@@ -116,13 +118,9 @@ def _first(path: Path) -> Atoms:
 
 def _level(adapter: str) -> str | None:
     """Level of theory of the adapter's training data, if its header knows it."""
-    from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.adapter_file import is_adapter, read_adapter
 
-    return read_adapter(adapter).level_of_theory if _is_adapter(adapter) else None
-
-
-def _is_adapter(name: str) -> bool:
-    return Path(name).suffix == ".adapter"
+    return read_adapter(adapter).level_of_theory if is_adapter(adapter) else None
 
 
 def _measure(
@@ -150,15 +148,18 @@ def _measure(
 
 def _keep(adapter: str, report: CheckReport) -> None:
     """Write the verdict into the adapter's header, beside the verdicts of other checks."""
-    if not _is_adapter(adapter):
+    from mmea_calc.adapter_file import is_adapter, read_adapter, update_adapter
+
+    if not is_adapter(adapter):
         return
-    from mmea_calc.adapter_file import read_adapter, update_adapter
 
     verdict = report.to_dict(curves=False)
     update_adapter(adapter, checks={**read_adapter(adapter).checks, CHECK: verdict})
 
 
 def _print(report: CheckReport, adapter: str, plot: Path | None, as_json: bool) -> None:
+    from mmea_calc.adapter_file import is_adapter
+
     from .console import out, print_json, say, table
 
     if as_json:
@@ -179,6 +180,6 @@ def _print(report: CheckReport, adapter: str, plot: Path | None, as_json: bool) 
         say(failure, style="red")
     if plot is not None:
         say(f"{plot} written")
-    kept = f"; the verdict is in {adapter}" if _is_adapter(adapter) else ""
+    kept = f"; the verdict is in {adapter}" if is_adapter(adapter) else ""
     verdict = "sound" if report.passed else "not sound"
     say(f"{adapter} is {verdict} for {report.formula} (checked in {duration(report.seconds)}){kept}")

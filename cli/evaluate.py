@@ -32,9 +32,11 @@ def evaluate(
 ) -> None:
     """Errors of energies and forces: overall, per config_type and per element, adapter beside bare backbone."""
     from mmea_calc.data import read_dataset
+    from mmea_calc.files import check_place
 
     from .console import print_json
 
+    check_place(plot)
     dataset = read_dataset(test, energy_key=energy_key, forces_key=forces_key)
     potential = _potential(adapter, backbone, device, dtype)
     evaluation = _evaluate(potential, dataset, batch_size)
@@ -88,11 +90,20 @@ def _evaluate(potential: Potential, dataset: Dataset, batch_size: int | None) ->
 
 
 def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
+    from mmea_calc.unit_checks import unit_warnings
+
     from .console import out, say, table
 
     say(f"{adapter} on {dataset.name}, backbone {evaluation.backbone_name}")
     if dataset.keys:
         say("labels: " + ", ".join(f"{name} from {key}" for name, key in dataset.keys.items() if key))
+    for note in dataset.notes:
+        say(f"note: {note}")
+    for warning in unit_warnings(dataset.structures):
+        say(f"warning: {warning}", style="yellow")
+    used = {name: n for name, n in dataset.counts.items() if name in ("energy", "forces") and n < len(dataset)}
+    for name, n in used.items():
+        say(f"note: {n} of {len(dataset)} structures have a label for {name}, and are measured")
     groups = [("all", {model.label: model.overall for model in evaluation.models})]
     types = evaluation.backbone.by_config_type
     if len(types) > 1:

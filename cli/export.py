@@ -33,15 +33,18 @@ def lammps(
     dtype: Annotated[Dtype, typer.Option(help="Of the network.")] = "float32",
 ) -> None:
     """Write adapter and backbone for `pair_style mliap unified` of LAMMPS: many GPUs by domain decomposition."""
+    from mmea_calc.files import check_place
     from mmea_calc.lammps import export_mliap
 
     from .console import say
 
+    check_place(output)
     made = export_mliap(adapter, output, backbone=backbone, head=head, dtype=dtype)
     what = f"{made.backbone} with an adapter of method {made.method}" if made.method else f"{made.backbone} alone"
     say(f"{output} written: {what}, {dtype}, cutoff {made.cutoff:g} Å, {made.exchanges} exchange(s) per step and way")
     if made.trained_elements:
         say(f"The adapter was trained on {' '.join(made.trained_elements)}.")
     say("In the input of LAMMPS, with one element for each atom type:")
-    say(f"  units metal\n  pair_style mliap unified {output} 0")
+    quoted = f'"{output}"' if " " in str(output) else output
+    say(f"  units metal\n  pair_style mliap unified {quoted} 0")
     say(f"  pair_coeff * * {' '.join(made.trained_elements or made.elements)}")

@@ -195,7 +195,7 @@ def finetune(
     ] = None,
     cluster: Annotated[
         Literal["slurm", "local"] | None,
-        typer.Option(help="Submit the trainings with submitit (pip install 'mmea[slurm]').", rich_help_panel=SEVERAL),
+        typer.Option(help="Submit the trainings with submitit (pip install 'mmea\\[slurm]').", rich_help_panel=SEVERAL),
     ] = None,
     slurm: Annotated[
         list[str] | None,
@@ -222,7 +222,7 @@ def finetune(
 
     flags |= {name: tuple(flags[name]) if flags[name] else None for name in ("sweep", "slurm")}
     settings = resolve(flags, config, OTHER_OPTIONS)
-    if settings.options["sweep"] or settings.options["committee"]:
+    if settings.options["sweep"] or settings.options["committee"] is not None:
         from .settings import read_config
         from .sweep import train_several
 

@@ -43,7 +43,7 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
     _check_options(settings)
     if team.leads:
         warn_if_busy(training.device)
-    train, valid, test = _read(train_files, options)
+    train, valid, test = read_sets(train_files, options)
     backbone = load_backbone(
         options["backbone"] or DEFAULT_BACKBONE,
         head=options["head"],
@@ -51,7 +51,7 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
         dtype=training.dtype,
     )
     _introduce(backbone)
-    report = _report(train, valid, test, backbone)
+    report = show_report(train, valid, test, backbone)
     _count(backbone, settings)
     with TrainingDisplay(out()) as display:
         result = train_adapter(
@@ -111,7 +111,8 @@ def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
     say(f"dynamics over {verdict['time_ps']:.3g} ps at 300, 600 and 1200 K: passed; the verdict is in {path}")
 
 
-def _read(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
+def read_sets(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Training, validation and test structures; MMEAError where a file is not what it should be."""
     from mmea_calc.prepared import is_prepared, open_dataset
 
     keys = {name: options[name] for name in ("energy_key", "forces_key", "stress_key")}
@@ -135,7 +136,7 @@ def _introduce(backbone: Backbone) -> None:
         typer.echo(f"note: {backbone.trust_note}", err=True)
 
 
-def _report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> PreflightReport:
+def show_report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> PreflightReport:
     """Show keys, the report on the data as a table, and what is doubtful."""
     from mmea_calc.preflight import preflight
 

@@ -38,12 +38,15 @@ def inspect(
     """Draw what an adapter does: the weights that it changes, by order and path; gains and shifts of its gates."""
     from mmea_calc.adapter_file import read_adapter
     from mmea_calc.backbone import load_backbone
+    from mmea_calc.files import check_place
     from mmea_calc.inspection import inspect as look
     from mmea_calc.inspection_picture import draw
     from mmea_calc.potential import Potential
 
     from .console import print_json
 
+    place = output or file.with_suffix(".inspect.png")
+    check_place(place)
     content = read_adapter(file)
     structures: list[Atoms] = []
     if data is not None:
@@ -55,7 +58,6 @@ def inspect(
     potential = Potential(load_backbone(backbone or content.backbone, head=content.head, device=device))
     potential.use(content)
     inspection = look(potential, structures)
-    place = output or file.with_suffix(".inspect.png")
     picture = draw(inspection, place, title=f"{file.name}, method {inspection.method}")
     if as_json:
         print_json({"adapter_file": str(file), "picture": str(picture), **inspection.to_dict()})

@@ -122,6 +122,7 @@ def _run(
     from ase.io import read
     from rich.console import Console
 
+    from mmea_calc.adapter_file import is_adapter, read_adapter
     from mmea_calc.errors import DataError
     from mmea_calc.md import open_potential, run_md
 
@@ -134,6 +135,9 @@ def _run(
     except Exception as problem:  # whatever a reader of ASE raises for a file that it does not understand
         raise DataError(f"{start} cannot be read as structures: {problem}") from problem
     warn_if_busy(config.device)
+    numbers = {int(z) for atoms in starts for z in atoms.numbers}
+    if is_adapter(adapter) and (unseen := read_adapter(adapter).unseen(numbers)):
+        typer.echo(f"warning: {adapter} has seen no {', '.join(unseen)} in training: there it extrapolates", err=True)
     potential = open_potential(adapter, device=config.device, dtype=config.dtype, **model)
     with _Display(Console(stderr=True), config.timestep_fs) as display:
         return run_md(potential, starts, folder, config, **switches, progress=display)

@@ -20,7 +20,7 @@ OwnDtype = Annotated[Dtype | None, typer.Option(help="Of the network.", rich_hel
 OwnKernels = Annotated[
     Literal["own", "cuequivariance"],
     typer.Option(
-        help="cuequivariance: layers of that package, for GPUs (pip install 'mmea[cue]').", rich_help_panel=MODEL
+        help="cuequivariance: layers of that package, for GPUs (pip install 'mmea\\[cue]').", rich_help_panel=MODEL
     ),
 ]
 

@@ -103,12 +103,9 @@ def _about(atoms: Atoms, potential: Potential) -> str:
 
 def _unseen(adapter: str, atoms: Atoms) -> list[str]:
     """Symbols of the structure that were not in the adapter's training data."""
-    from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.adapter_file import is_adapter, read_adapter
 
-    if Path(adapter).suffix != ".adapter":
-        return []
-    seen = read_adapter(adapter).elements
-    return sorted({a.symbol for a in atoms if seen and a.number not in seen})
+    return read_adapter(adapter).unseen(atoms.numbers) if is_adapter(adapter) else []
 
 
 def _log(line: str) -> None:

@@ -42,10 +42,11 @@ def speed(
     import json
 
     from mmea_calc.benchmark.speed import SpeedConfig, measure_speed
-    from mmea_calc.files import write_text
+    from mmea_calc.files import check_place, write_text
 
     from .console import out, say, table
 
+    check_place(output, plot)
     config = SpeedConfig(
         backbone=backbone,
         adapter=adapter,

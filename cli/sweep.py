@@ -32,6 +32,8 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
     """
     from mmea_calc.sweep import train_all, write_table
 
+    from .console import say
+
     points, folder, table_file = _points(train, settings, given)
     options = settings.options
     _check(points[0])
@@ -40,7 +42,7 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
     outcomes = train_all(
         points,
         jobs=options["jobs"] or 1,
-        one_batch=bool(options["committee"]) and options["jobs"] is None,
+        one_batch=options["committee"] is not None and options["jobs"] is None,
         cluster=options["cluster"],
         cluster_options=_cluster_options(options["slurm"] or ()),
         folder=folder,
@@ -48,11 +50,16 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
     )
     write_table(table_file, outcomes)
     _show(outcomes, points, table_file)
-    if options["committee"] and not any(o.reason for o in outcomes):
+    if options["committee"] is not None and not any(o.reason for o in outcomes):
         names = ", ".join(f'"{p.output}"' for p in points)
         typer.echo(f"a committee: MMEACalculator([{names}])")
+    if worse := [o.name for o in outcomes if o.improved is False]:
+        say(f"no better on their validation sets than before training: {', '.join(worse)}", style="yellow")
     if failed := sum(bool(o.reason) for o in outcomes):
         typer.echo(f"mmea: {failed} of {len(outcomes)} trainings failed, for the reasons above", err=True)
+        raise typer.Exit(1)
+    if worse and (options["committee"] is not None or len(worse) == len(outcomes)):
+        typer.echo("mmea: train longer, lower --lr, or look at the warnings on the data", err=True)
         raise typer.Exit(1)
 
 
@@ -62,7 +69,7 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
     from mmea_calc.sweep import Point, committee, grid
 
     options = settings.options
-    if options["sweep"] and options["committee"]:
+    if options["sweep"] and options["committee"] is not None:
         raise typer.BadParameter("give one of --sweep and --committee; a sweep over seed=0,1,2 varies the seed too")
     if wrong := [name for name in _SINGLE if options[name]]:
         raise typer.BadParameter(f"--{wrong[0].replace('_', '-')} is for a single training")
@@ -82,14 +89,12 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
 
 
 def _check(point: Point) -> None:
-    """Files that are wrong are wrong for all points; better known before the first is started."""
-    from mmea_calc.prepared import is_prepared, open_dataset
+    """Files that are wrong are wrong for all points: the report on them comes before the first is started."""
+    from mmea_calc.backbone import load_backbone
 
-    keys = {name: point.options[name] for name in _KEYS}
-    open_dataset(point.train, **keys)
-    for name in ("valid", "test"):
-        if (path := point.options[name]) is not None:
-            open_dataset([path], **({} if is_prepared(path) else keys))
+    from .finetune_run import read_sets, show_report
+
+    show_report(*read_sets(list(point.train), point.options), load_backbone(point.options["backbone"], device="cpu"))
 
 
 def _cluster_options(words: Sequence[str]) -> dict[str, Any]:
@@ -137,5 +142,13 @@ def _show(outcomes: Sequence[Outcome], points: Sequence[Point], file: Path) -> N
         )
         for o in ranked(outcomes)
     ]
+    if (one := next((o for o in outcomes if not o.reason), None)) is not None:
+        nothing = ("",) * max(0, len(varied) - 1)
+        errors = (
+            one.backbone_energy_mae_meV,
+            one.backbone_energy_mae_meV_per_atom,
+            one.backbone_forces_mae_meV_per_A,
+        )
+        rows.append(("backbone alone", *nothing, *errors, None, None))
     out().print(table(columns, rows, title="MAE on the validation set, best first"))
     say(f"the table is in {file}, the adapters in {points[0].output.parent}")

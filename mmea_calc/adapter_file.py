@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class AdapterFile:
     created: str = ""
     units: dict[str, str] = field(default_factory=lambda: {"energy": "eV", "length": "A", "forces": "eV/A"})
     path: Path | None = None
+
+    def unseen(self, numbers: Iterable[int]) -> list[str]:
+        """Symbols of those elements that were not in the training data; none where these are not known."""
+        return sorted({chemical_symbols[z] for z in numbers if self.elements and z not in self.elements})
 
     @property
     def n_parameters(self) -> int:
@@ -143,6 +147,17 @@ def write_adapter(path: str | Path, adapter: AdapterFile) -> Path:
 def embedded_adapters() -> list[str]:
     """Names of the adapters that come with the package; what each is for stands in `adapters/README.md`."""
     return sorted(p.name for p in EMBEDDED.glob("*.adapter"))
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether this names an adapter: by its ending, or by what is in the file."""
+    if Path(path).suffix == ".adapter":
+        return True
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -225,4 +240,4 @@ def _from_header(path: Path, header: dict[str, Any], tensors: dict[str, Tensor])
     )
 
 
-__all__ = ["FORMAT_VERSION", "AdapterFile", "read_adapter", "update_adapter", "write_adapter"]
+__all__ = ["FORMAT_VERSION", "AdapterFile", "is_adapter", "read_adapter", "update_adapter", "write_adapter"]

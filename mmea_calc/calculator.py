@@ -314,7 +314,10 @@ class MMEACalculator(Calculator):
         return members[0] if len(members) == 1 else combine(members)
 
     def _evaluate_mounted(self, batch: Batch, stress: bool) -> Results:
-        return _results_of(self.potential.predict(batch, stress=stress))
+        found = _results_of(self.potential.predict(batch, stress=stress))
+        if not np.isfinite(found["energy"]):
+            raise DataError(f"the energy is {found['energy']}: are two atoms at the same place?")
+        return found
 
     # -- copying and storing -------------------------------------------------------------------------------------
 

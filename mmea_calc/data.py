@@ -19,6 +19,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from mmea_calc.dataset import LABELS, Dataset, FloatArray, Label, Labelled, check_finite, composition, split
 from mmea_calc.errors import DataError
 from mmea_calc.graph import SMALLEST_VOLUME
+from mmea_calc.neighbours import neighbours
 
 __all__ = [
     "LABELS",
@@ -37,6 +38,8 @@ __all__ = [
 LABEL_KEYS: dict[Label, tuple[str, ...]] = {name: (f"REF_{name}", name) for name in LABELS}
 _DATABASE_SUFFIXES = {".db", ".json", ".aselmdb"}
 _ISOLATED = "isolatedatom"
+_APART_A = 6.0  # an atom without an image within it is isolated
+_NO_FORCES = ("positions", "momenta", "velocities", "magmoms", "initial_magmoms", "dipoles")
 # Two files may give an isolated atom twice, rounded differently; more than that is a contradiction.
 _SAME_ISOLATED_EV = 1e-3
 
@@ -199,6 +202,11 @@ def _key_notes(
                 notes.append(
                     f"{path.name}: {n_other} structures have {other!r} but no {key!r}; their {name} is not used"
                 )
+    if joined["energy"] and not joined["forces"] and (others := _like_forces(files)):
+        notes.append(
+            f"no forces found, energies alone are used; {', '.join(others)} would fit: is one of them the forces "
+            "(forces_key)?"
+        )
     for name, key in joined.items():
         if key and " | " in key:
             notes.append(
@@ -209,6 +217,20 @@ def _key_notes(
         pairs = ", ".join(f"{name} from {k!r}" for name, k in joined.items() if k)
         notes.append(f"labels come from keys of different kinds ({pairs}): are they from the same calculation?")
     return notes
+
+
+def _like_forces(files: Sequence[tuple[Path, list[Atoms]]]) -> list[str]:
+    """Names of per-atom vectors that are in most structures, and are no positions or velocities."""
+    found: Counter[str] = Counter()
+    n = 0
+    for _, frames in files:
+        for atoms in frames:
+            n += 1
+            for name, values in {**atoms.arrays, **_results(atoms)}.items():
+                array = np.asarray(values)
+                if name not in _NO_FORCES and array.shape == (len(atoms), 3) and array.dtype.kind == "f":
+                    found[str(name)] += 1
+    return sorted(name for name, count in found.items() if 2 * count > n)
 
 
 # Labels -------------------------------------------------------------------------------------------------------------
@@ -277,13 +299,13 @@ def _stress(value: Any, what: str, n_atoms: int) -> FloatArray:
 
 
 def is_isolated(item: Labelled) -> bool:
-    """Whether it is an isolated atom. Raises DataError for one that is marked so and has several."""
+    """Whether it is an isolated atom, also in a large box. Raises DataError for one marked so that has several."""
     marked = item.config_type.replace("_", "").lower() == _ISOLATED
     if marked and len(item.atoms) != 1:
         raise DataError(
             f"{item.where} is marked as an isolated atom ({item.config_type}) but has {len(item.atoms)} atoms"
         )
-    return marked or (len(item.atoms) == 1 and not item.atoms.pbc.any())
+    return marked or (len(item.atoms) == 1 and not len(neighbours(item.atoms, _APART_A).distances))
 
 
 def isolated_energies(alone: Sequence[Labelled]) -> dict[int, float]:

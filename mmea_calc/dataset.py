@@ -99,6 +99,12 @@ class Dataset:
             record.setdefault(item.source, []).append(item.index)
         return record
 
+    def first_of_its_geometry(self) -> Sequence[int]:
+        """For every structure the number of the first one with its geometry; its own where that is not looked at."""
+        from .duplicates import first_of_each
+
+        return first_of_each(self.structures)
+
     def for_report(self, backbone_elements: Sequence[int], r_max: float | None) -> Dataset:
         """The structures that a report on the data looks at: all of those in memory."""
         return self
@@ -121,6 +127,8 @@ def composition(structures: Sequence[Labelled], elements: Sequence[int]) -> Floa
 def split(dataset: Dataset, valid_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Set structures aside for validation, drawn at random; which ones is in `Dataset.indices` of both parts.
 
+    The same geometry several times stays on one side.
+
     Args:
         valid_fraction: between 0 and 1; at least one structure goes to either part.
         seed: of a generator of its own (PCG64); numpy's global one is not touched.
@@ -134,11 +142,18 @@ def split(dataset: Dataset, valid_fraction: float, seed: int) -> tuple[Dataset, 
     if n < 2:
         raise DataError(f"{dataset.name}: {n} structure(s) cannot be split into training and validation: give more")
     n_valid = min(max(round(valid_fraction * n), 1), n - 1)
-    order = np.random.default_rng(seed).permutation(n)
-    train, valid = np.sort(order[n_valid:]), np.sort(order[:n_valid])
-    return dataset.subset(train.tolist(), f"{dataset.name} (train)"), dataset.subset(
-        valid.tolist(), f"{dataset.name} (valid)"
-    )
+    first = dataset.first_of_its_geometry()
+    wholes: dict[int, list[int]] = {}
+    for i in np.random.default_rng(seed).permutation(n).tolist():
+        wholes.setdefault(first[i], []).append(i)
+    if len(wholes) < 2:
+        raise DataError(f"{dataset.name}: all {n} structures are one geometry: there is nothing to validate on")
+    valid: list[int] = []
+    for members in list(wholes.values())[:-1]:
+        if len(valid) < n_valid:
+            valid += members
+    train = sorted(set(range(n)) - set(valid))
+    return dataset.subset(train, f"{dataset.name} (train)"), dataset.subset(sorted(valid), f"{dataset.name} (valid)")
 
 
 def check_finite(item: Labelled) -> None:

@@ -60,6 +60,18 @@ def fingerprints(structures: Sequence[Labelled]) -> list[tuple[Hashable, Hashabl
     return result
 
 
+def first_of_each(structures: Sequence[Labelled]) -> list[int]:
+    """For every structure the number of the first one with the same geometry."""
+    seen: dict[Hashable, int] = {}
+    found = []
+    for i, prints in enumerate(fingerprints(structures)):
+        first = next((seen[p] for p in prints if p in seen), i)
+        for p in prints:
+            seen.setdefault(p, first)
+        found.append(first)
+    return found
+
+
 def find_duplicates(dataset: Dataset) -> tuple[int, list[str]]:
     """How many structures repeat an earlier one, and a sentence if some do so with another energy."""
     seen: dict[Hashable, Labelled] = {}

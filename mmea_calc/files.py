@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -17,8 +20,46 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as problem:
+        if problem.filename is not None and Path(os.fsdecode(problem.filename)) == temporary:
+            problem.filename = str(path)  # the name that was asked for
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_place(*paths: Path | None) -> None:
+    """Raise an OSError where a file could not be written: better known before what is to be in it is computed."""
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+
+
+@contextmanager
+def alone_in(folder: Path, problem: Callable[[str], Exception]) -> Iterator[None]:
+    """Within this context no other process is in the same one for `folder`, which exists.
+
+    Args:
+        problem: makes the error that is raised where another one is.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise problem(f"another process is writing into {folder}: wait for it to end, or stop it") from None
+    except (OSError, NotImplementedError):  # a file system that knows no locks, or lets nobody write
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .adapter_file import is_adapter
 from .config import TrainConfig
 from .errors import TrainingError
 from .optimiser import check_optimiser
@@ -18,7 +19,7 @@ def check_settings(training: TrainConfig, team: Team) -> None:
             f"a batch of {training.batch_size} structures leaves some of {team.size} processes without work: give "
             f"--batch-size at least {team.size}, or start fewer processes"
         )
-    least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "lr": 1e-12, "clip_norm": 1e-12}
+    least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "seed": 0, "lr": 1e-12, "clip_norm": 1e-12}
     for name, least in least_of.items():
         value = getattr(training, name)
         if value is not None and value < least:
@@ -34,6 +35,8 @@ def check_writable(output: Path, run_dir: Path) -> None:
     """Raise a TrainingError where the results could not be written: better known now than after an hour."""
     if output.is_dir():
         raise TrainingError(f"{output} is a folder; expected the name of an adapter file to write")
+    if output.exists() and not is_adapter(output):
+        raise TrainingError(f"{output} is there and no adapter: choose another name to write to")
     if run_dir.exists() and not run_dir.is_dir():
         raise TrainingError(f"{run_dir} is a file; expected the name of a run folder")
     for target in (output.parent, run_dir):

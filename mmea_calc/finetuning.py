@@ -26,6 +26,7 @@ from .data import split
 from .dataset import Dataset
 from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
+from .files import alone_in
 from .finetune_checks import check_settings, check_writable
 from .methods import differing_form
 from .parallel import merge_ranges, total_energies
@@ -234,6 +235,14 @@ class _Run:
         self.energies, self.report, self.level_of_theory = energies, report, level_of_theory
 
     def go(self, resume: bool, progress: Progress) -> Training[FinetuneResult]:
+        """Train, alone in the run folder."""
+        if not self.team.leads:
+            return (yield from self._go(resume, progress))
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        with alone_in(self.folder.path, TrainingError):
+            return (yield from self._go(resume, progress))
+
+    def _go(self, resume: bool, progress: Progress) -> Training[FinetuneResult]:
         replay = self._add_replay(resume)
         trainer = Trainer(
             self.potential,
@@ -256,6 +265,8 @@ class _Run:
         if replay is not None:
             text = f"{replay.per_epoch} of {replay.pool} other molecules are replayed in every epoch"
             progress(ProgressEvent(message=text))
+        if (n := self.train.counts["stress"]) and not self.training.stress_weight:
+            progress(ProgressEvent(message=f"the stresses of {n} structures are not trained: stress_weight is 0"))
         if self.start is not None:
             without_ranges = self.handle.state_dict()
             self.handle.load_state_dict({**without_ranges, **self.start.tensors})

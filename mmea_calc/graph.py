@@ -48,6 +48,12 @@ class Graph:
         return len(self.numbers)
 
 
+def charge_of(atoms: Atoms) -> float:
+    """Total charge that a structure is said to have (`info["charge"]`), in elementary charges; 0 if nothing is said."""
+    value = atoms.info.get("charge", atoms.info.get("total_charge", 0))
+    return float(value) if isinstance(value, int | float | np.number) else 0.0
+
+
 def build_graph(atoms: Atoms, r_max: float) -> Graph:
     """Neighbour list of a structure within `r_max` (A).
 

@@ -6,6 +6,7 @@ interaction energy in the network's precision: at -17,000 eV the spacing of floa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from .adapter_file import AdapterFile
 from .backbone import Backbone
 from .compiled import CompiledNetwork, Programs, compile_program
 from .converted import ConvertedNetwork
-from .errors import AdapterError, CompilationError
-from .graph import Batch, Found, Graph, build_graph, collate
+from .errors import AdapterError, CompilationError, DataError
+from .graph import Batch, Found, Graph, build_graph, charge_of, collate
 from .machine_code import named_tensors
 from .tensor_state import State, state_of
 
@@ -61,6 +62,7 @@ class Potential:
         self.adapter: Adapter | None = None
         self._own_energies: dict[int, float] = dict(backbone.atomic_energies)
         self._adapter_energies: dict[int, float] | None = None
+        self._charge_told = False
         self._table: tuple[dict[int, float], Tensor] | None = None
         self._references: tuple[dict[int, float], Tensor, Tensor, Tensor, Tensor] | None = None
         self._programs = Programs(backbone)
@@ -146,7 +148,27 @@ class Potential:
 
     def graph(self, atoms: Atoms) -> Graph:
         """Neighbour list within the backbone's cutoff. Raises DataError."""
+        self.check_charge(atoms)
         return build_graph(atoms, self.backbone.r_max)
+
+    def check_charge(self, atoms: Atoms) -> None:
+        """Warn of a total charge (`atoms.info["charge"]`), once: backbones here compute what is neutral.
+
+        Raises:
+            DataError: the backbone knows charges and spins, and the structure is no neutral singlet: its energy would
+                be that of another state.
+        """
+        charge, spin = charge_of(atoms), atoms.info.get("spin", atoms.info.get("total_spin"))
+        if getattr(self.backbone.network, "embedding_specs", None) and (charge or spin not in (None, 1)):
+            raise DataError(
+                f"the structure has a total charge of {charge:g} and a spin multiplicity of {spin}: with this backbone "
+                "mmea computes neutral singlets alone, use mace-torch's MACECalculator for others"
+            )
+        if charge and not self._charge_told:
+            self._charge_told = True
+            warnings.warn(
+                f"the structure has a total charge of {charge:g}, of which this backbone knows nothing", stacklevel=3
+            )
 
     def collate(self, graphs: Sequence[Graph]) -> Batch:
         """One batch on the backbone's device and in its precision. Raises DataError."""

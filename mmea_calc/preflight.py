@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mmea_calc.dataset import LABELS, Dataset, Labelled, check_finite, composition
 from mmea_calc.duplicates import find_duplicates, fingerprints
 from mmea_calc.errors import DataError
+from mmea_calc.graph import charge_of
 from mmea_calc.neighbours import neighbours
 from mmea_calc.unit_checks import unit_warnings
 
@@ -158,6 +159,8 @@ def shortest_distance(item: Labelled) -> float:
 def _doubts(dataset: Dataset, r_max: float | None) -> list[str]:
     structures = dataset.structures
     found = unit_warnings(structures)
+    if charged := sum(bool(charge_of(s.atoms)) for s in structures):
+        found.append(f"{charged} structures have a total charge, which the backbone does not see")
     found += _energy_outliers([s for s in structures if s.energy is not None], dataset.elements)
     found += _force_doubts([s for s in structures if s.forces is not None])
     if (unlabelled := sum(all(getattr(s, name) is None for name in LABELS) for s in structures)) > 0:

@@ -78,6 +78,8 @@ class Outcome:
         parameters: trained values.
         best_epoch, seconds: of the training.
         output: the adapter file.
+        backbone_energy_mae_meV, backbone_energy_mae_meV_per_atom, backbone_forces_mae_meV_per_A: of the backbone alone.
+        improved: whether it is better than the backbone, and than what it started from (`FinetuneResult`).
         reason: why there is none, if it failed.
     """
 
@@ -90,6 +92,10 @@ class Outcome:
     best_epoch: int | None = None
     seconds: float | None = None
     output: str = ""
+    backbone_energy_mae_meV: float | None = None
+    backbone_energy_mae_meV_per_atom: float | None = None
+    backbone_forces_mae_meV_per_A: float | None = None
+    improved: bool | None = None
     reason: str = ""
 
 
@@ -192,6 +198,10 @@ def _training(point: Point, backbone: Backbone | None) -> Training[Outcome]:
         best_epoch=result.best_epoch,
         seconds=result.seconds,
         output=str(point.output),
+        backbone_energy_mae_meV=result.zero_shot["valid"].energy_mae_meV,
+        backbone_energy_mae_meV_per_atom=result.zero_shot["valid"].energy_mae_meV_per_atom,
+        backbone_forces_mae_meV_per_A=result.zero_shot["valid"].forces_mae_meV_per_A,
+        improved=result.improved,
     )
     outcome = Outcome(**json_ready(asdict(outcome)))  # NaN, which no file of JSON holds, becomes None
     _write_record(point, outcome)

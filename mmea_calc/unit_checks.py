@@ -37,16 +37,43 @@ _NONMETALS = (1, 5, 6, 7, 8, 9, 14, 15, 16, 17, 34, 35, 53)
 # aspirin, uracil, toluene, malonaldehyde, acetylacetone, 3BPA and two sets of mixed molecules (PBE, wB97X, GFN2-xTB).
 _BOND_STIFFNESS = 34.0
 _MAX_STRUCTURES = 300
+_NO_BOND = 1.5  # times the sum of the covalent radii
 
 
 def unit_warnings(structures: Sequence[Labelled]) -> list[str]:
     """Sentences about labels that do not look like eV, eV/A; empty when all is well or nothing can be said."""
-    found = (total_energy_warning(structures), force_warning(structures), consistency_warning(structures))
+    found = (
+        position_warning(structures),
+        total_energy_warning(structures),
+        force_warning(structures),
+        consistency_warning(structures),
+    )
     return [sentence for sentence in found if sentence]
 
 
 def _evenly(structures: Sequence[Labelled], n: int) -> list[Labelled]:
     return [structures[i] for i in np.unique(np.linspace(0, len(structures) - 1, min(n, len(structures)), dtype=int))]
+
+
+def position_warning(structures: Sequence[Labelled]) -> str | None:
+    """Are the positions in Bohr?
+
+    In molecules of nonmetals some two atoms are bonded, at about the sum of their covalent radii; in Bohr the numbers
+    are 1.9 times larger. Said where in no structure two atoms come that close.
+    """
+    closest = []
+    for item in _evenly(structures, _MAX_STRUCTURES):
+        if len(item.atoms) < 3 or not set(item.atoms.numbers.tolist()) <= set(_NONMETALS):
+            continue
+        pairs, radii = neighbours(item.atoms, 4.0), covalent_radii[item.atoms.numbers]
+        ratios = pairs.distances / (radii[pairs.first] + radii[pairs.second])
+        closest.append(float(ratios.min(initial=np.inf)))
+    if not closest or min(closest) < _NO_BOND:
+        return None
+    return (
+        f"no two atoms are bonded in any structure (the closest are {min(closest):.2f} times the sum of their covalent "
+        "radii apart): are positions in Bohr? Expected A"
+    )
 
 
 # Energies against the total energy of atoms -------------------------------------------------------------------------

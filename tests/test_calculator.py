@@ -32,6 +32,7 @@ from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig
 from mmea_calc.errors import AdapterError, AdapterFileError, BackboneError, DataError, MMEAError
 from mmea_calc.mace_bridge import build_network, mace_calculators
+from mmea_calc.mace_networks import accept_neutral_graphs
 from mmea_calc.potential import Potential
 
 E0 = {1: -13.6, 6: -1027.3, 8: -2038.5}
@@ -724,3 +725,28 @@ def test_an_adapter_for_another_backbone_is_refused(stored: list[Path]) -> None:
     fingerprint = read_adapter(stored[0]).fingerprint
     with pytest.raises(AdapterFileError, match=fingerprint):
         MMEACalculator(stored[0], backbone="mmea-organic-s-xtb", device="cpu")
+
+
+# --- what it does not compute ---------------------------------------------------------------------------------------
+
+
+def test_a_charge_is_pointed_out_where_the_backbone_knows_none_and_refused_where_it_knows_them() -> None:
+    atoms = ethanol()
+    atoms.info["charge"] = 1
+    with pytest.warns(UserWarning, match="a total charge of 1, of which this backbone knows nothing"):
+        MMEACalculator(backbone=small_backbone()).get_potential_energy(atoms)
+    specs = {"total_charge": {"type": "continuous", "emb_dim": 4, "per": "graph", "in_dim": 1}}
+    network = random_network(embedding_specs=specs)
+    accept_neutral_graphs(network)  # as where a backbone is loaded
+    charged = MMEACalculator(backbone=small_backbone_around(network, E0))
+    with pytest.raises(DataError, match="computes neutral singlets alone"):
+        charged.get_potential_energy(atoms)
+    atoms.info = {"charge": 0, "spin": 1}
+    assert np.isfinite(charged.get_potential_energy(atoms))
+
+
+def test_two_atoms_at_one_place_are_no_energy() -> None:
+    atoms = ethanol()
+    atoms.positions[1] = atoms.positions[0]
+    with pytest.raises(DataError, match="are two atoms at the same place"):
+        MMEACalculator(backbone=small_backbone()).get_potential_energy(atoms)

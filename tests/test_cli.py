@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import typer
+from ase.build import molecule
+from ase.io import write
 from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -380,3 +382,18 @@ def test_threads_are_those_asked_for() -> None:
     finally:
         torch.set_num_threads(before)
     assert CliRunner().invoke(app, ["--threads", "0", "backbone", "list"]).exit_code == 2
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_computed(adapter: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "nowhere"
+    result = mmea("evaluate", adapter, adapter.parent / "train.xyz", "--plot", absent / "p.png")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{absent}: no such file or directory" in result.stderr
+
+
+def test_an_adapter_of_another_name_is_one_everywhere(adapter: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "mine"
+    renamed.write_bytes(adapter.read_bytes())
+    write(tmp_path / "start.xyz", molecule("H2O"))
+    result = mmea("md", renamed, tmp_path / "start.xyz", "--time", "4fs", "-o", tmp_path / "RUN")
+    assert result.exit_code == 0, result.output

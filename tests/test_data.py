@@ -327,3 +327,48 @@ def test_the_hash_is_of_the_content(aspirin: Dataset) -> None:
     hashes = {dataset_of([changed]).hash for changed in changes}
     assert len(hashes | {reference}) == 5
     assert dataset_of([dataclasses.replace(item, index=7, source="elsewhere")]).hash == reference
+
+
+# What is easily overlooked -----------------------------------------------------------------------------------------
+
+
+def test_forces_under_another_name_are_pointed_out(tmp_path: Path) -> None:
+    frames = labelled()
+    for atoms in frames:
+        atoms.arrays["dft_forces"] = atoms.arrays.pop("REF_forces")
+        atoms.arrays["momenta"] = np.ones((3, 3))
+    data = read_dataset(write(tmp_path / "a.xyz", frames))
+    assert any("no forces found" in note and "; dft_forces would fit" in note for note in data.notes)
+    assert read_dataset(write(tmp_path / "b.xyz", labelled())).notes == ()
+
+
+def test_an_isolated_atom_in_a_box_is_one_and_a_crystal_of_one_atom_is_not(tmp_path: Path) -> None:
+    atom = with_calculator(Atoms("H", cell=[20.0] * 3, pbc=True), energy=-13.5)
+    data = read_dataset(write(tmp_path / "a.xyz", [*labelled(prefix=""), atom]))
+    assert data.isolated_atoms == {1: -13.5}
+    metal = with_calculator(Atoms("O", cell=[3.0] * 3, pbc=True), energy=-2000.0)
+    data = read_dataset(write(tmp_path / "b.xyz", [*labelled(prefix=""), metal]))
+    assert (data.isolated_atoms, len(data)) == ({}, 5)
+
+
+def test_copies_of_a_geometry_stay_on_one_side_of_a_split() -> None:
+    frames = [Labelled(water(k // 2), energy=0.0, index=k, source="a") for k in range(12)]
+    for seed in range(5):
+        train, valid = split(dataset_of(frames), 0.3, seed)
+        assert len(valid) == 4
+        sides = [{i // 2 for i in part.indices["a"]} for part in (train, valid)]
+        assert not sides[0] & sides[1]
+    with pytest.raises(DataError, match="all 3 structures are one geometry"):
+        split(dataset_of([Labelled(water(0), energy=0.0)] * 3), 0.3, 0)
+
+
+def test_positions_in_bohr_and_charges_are_pointed_out(aspirin: Dataset) -> None:
+    frames = []
+    for item in aspirin.structures[:10]:
+        atoms = item.atoms.copy()
+        atoms.positions /= 0.529177
+        atoms.info["charge"] = 1
+        frames.append(Labelled(atoms, energy=item.energy, forces=item.forces))
+    warnings = check(frames).warnings
+    assert any("are positions in Bohr?" in w for w in warnings)
+    assert "train: 10 structures have a total charge, which the backbone does not see" in warnings

@@ -27,6 +27,7 @@ from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.data import read_dataset, split
 from mmea_calc.dataset import Dataset
 from mmea_calc.errors import AdapterError, AdapterFileError, DataError, TrainingError
+from mmea_calc.files import alone_in
 from mmea_calc.finetuning import finetune
 from mmea_calc.loss import batch_loss, collect_labels
 from mmea_calc.potential import Potential
@@ -453,3 +454,34 @@ def test_a_checkpoint_that_started_elsewhere_is_refused(tmp_path: Path) -> None:
             resume=True,
             **options,
         )
+
+
+def test_what_is_no_adapter_is_not_written_over(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    before = (tmp_path / "train.xyz").read_bytes()
+    with pytest.raises(TrainingError, match=r"train.xyz is there and no adapter"):
+        finetune(data, tmp_path / "train.xyz", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    assert (tmp_path / "train.xyz").read_bytes() == before
+    with pytest.raises(TrainingError, match="seed must be at least 0"):
+        finetune(data, tmp_path / "a", backbone=tiny_backbone(), adapter=SMALL, training=replace(QUICK, seed=-1))
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
+    data, run = dataset(tmp_path), tmp_path / "a.run"
+    run.mkdir()
+    with alone_in(run, TrainingError), pytest.raises(TrainingError, match=r"another process is writing into .*a\.run"):
+        finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    assert not (tmp_path / "a.adapter").exists()
+    finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
+    assert not (run / ".lock").exists()
+
+
+def test_stresses_that_are_not_trained_are_told(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    structures = [replace(s, stress=np.zeros((3, 3))) for s in data.structures]
+    told: list[str] = []
+    finetune(
+        replace(data, structures=structures), tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL,
+        training=QUICK, progress=lambda event: told.append(event.message),
+    )  # fmt: skip
+    assert any("stress_weight is 0" in text for text in told)

@@ -21,6 +21,7 @@ from md_potentials import Morse, triatomic
 from conftest import ROOT
 from mmea_calc.config import MDConfig
 from mmea_calc.errors import DynamicsError, TrajectoryError
+from mmea_calc.files import alone_in
 from mmea_calc.md import checkpoint as checkpoint_module
 from mmea_calc.md import run_md, trajectory_writer
 from mmea_calc.md.convert import convert_trajectory
@@ -369,6 +370,54 @@ def test_overwriting_starts_anew_and_leaves_foreign_files(tmp_path: Path) -> Non
     with pytest.raises(DynamicsError, match="no run to resume"):
         start(tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
+
+
+def test_overwriting_takes_the_old_analysis_along(tmp_path: Path) -> None:
+    start(tmp_path / "RUN")
+    (tmp_path / "RUN/analysis").mkdir()
+    (tmp_path / "RUN/analysis/rdf.png").write_text("old")
+    start(tmp_path / "RUN", overwrite=True)
+    assert not (tmp_path / "RUN/analysis").exists()
+
+
+def test_a_run_is_not_resumed_to_less_than_it_has(tmp_path: Path) -> None:
+    start(tmp_path / "RUN")
+    config = (tmp_path / "RUN/config.json").read_bytes()
+    with pytest.raises(DynamicsError, match=r"has \d+ steps already, more than the 10 that are asked for"):
+        start(tmp_path / "RUN", changed(time_ps=0.005), resume=True)
+    assert (tmp_path / "RUN/config.json").read_bytes() == config
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    start(tmp_path / "RUN", changed(time_ps=0.02))
+    before = (tmp_path / "RUN/trajectory.h5").read_bytes()
+    with alone_in(tmp_path / "RUN", DynamicsError):
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(DynamicsError, match="another process is writing into"):
+                start(tmp_path / "RUN", **how)  # type: ignore[arg-type]
+    assert (tmp_path / "RUN/trajectory.h5").read_bytes() == before
+    start(tmp_path / "RUN", resume=True)
+    start(tmp_path / "whole")
+    assert_same_runs(tmp_path / "whole", tmp_path / "RUN")
+
+
+def test_damage_within_a_trajectory_is_explained(tmp_path: Path) -> None:
+    start(tmp_path / "RUN")
+    file = tmp_path / "RUN/trajectory.h5"
+    with h5py.File(file, "r") as opened:
+        data = opened[f"particles/{next(iter(opened['particles']))}/position/value"]
+        info = data.id.get_chunk_info(0)
+    content = bytearray(file.read_bytes())
+    content[info.byte_offset : info.byte_offset + info.size] = bytes(info.size)
+    file.write_bytes(content)
+    with pytest.raises(TrajectoryError, match="no HDF5 file that can be read"):
+        [read_replica(tmp_path / "RUN", name) for name in replica_names(tmp_path / "RUN")]
+
+
+def test_conversion_writes_databases_too(tmp_path: Path) -> None:
+    start(tmp_path / "RUN")
+    frames, _ = convert_trajectory(tmp_path / "RUN", tmp_path / "out.db")
+    assert len(read(tmp_path / "out.db", index=":")) == frames > 0
 
 
 def test_a_damaged_checkpoint_is_explained(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_submitit_carries_trainings_out_where_it_is_told_to(
 
 
 def test_the_command_trains_a_sweep_and_writes_one_table(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("method: gates\nepochs: 1\nvalid-fraction: 0.4\ndevice: cpu\n")
+    (tmp_path / "c.yaml").write_text("method: gates\nepochs: 20\nvalid-fraction: 0.4\ndevice: cpu\n")
     common = ("finetune", data, "--config", tmp_path / "c.yaml", "-o", tmp_path / "sweep")
     result = mmea(*common, "--sweep", "gate_rank=2,3", "lr=0.01")
     assert result.exit_code == 0, result.output

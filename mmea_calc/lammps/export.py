@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..adapter_file import AdapterFile, read_adapter, write_adapter
+from ..adapter_file import AdapterFile, is_adapter, read_adapter, write_adapter
 from ..backbone import BACKBONE_FOLDER, Backbone, convert_backbone, load_backbone
 from ..config import Precision
 from ..errors import EngineError
@@ -178,7 +178,7 @@ def _restored(contents: dict[str, Any]) -> MLIAPPotential:
 def _adapter(adapter: str | Path | AdapterFile) -> AdapterFile | None:
     if isinstance(adapter, AdapterFile):
         return adapter
-    return read_adapter(adapter) if Path(adapter).suffix == ".adapter" else None
+    return read_adapter(adapter) if is_adapter(adapter) else None
 
 
 def _contents(backbone: Backbone, file: AdapterFile | None, dtype: Precision) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def convert_trajectory(
         raise TrajectoryError(f"{source} has no replica {unknown[0]!r}; it has {', '.join(names)}")
     names = list(replicas or names)
     style = "extxyz" if destination.suffix == ".xyz" else filetype(str(destination), read=False)
-    temporary = destination.with_name(f".{destination.name}.part")
+    temporary = destination.with_name(f".part-{destination.name}")  # its ending says some writers what to write
     count = 0
     try:
         temporary.unlink(missing_ok=True)

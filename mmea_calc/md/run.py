@@ -17,6 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +28,7 @@ from ase import Atoms, units
 
 from ..config import MDConfig, to_dict
 from ..errors import DynamicsError
+from ..files import alone_in
 from ..potential import Potential
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_whole
 from .minimise import minimise
@@ -103,25 +105,30 @@ def run_md(
     structures = [starts] if isinstance(starts, Atoms) else list(starts)
     device, dtype = str(potential.device), str(potential.dtype).removeprefix("torch.")
     config = replace(config or MDConfig(), device=device, dtype=dtype)  # type: ignore[arg-type]
-    simulation = Simulation(potential, structures, config)  # checks everything
+    simulation = Simulation(potential, structures, config)  # checks everything but
+    for atoms in structures:
+        potential.graph(atoms)  # whether this backbone is for such structures
     identity = _identity(potential, structures, config)
-    checkpoint = _prepare(folder, identity, resume=resume, overwrite=overwrite)
-    with potential.folded():
+    with ExitStack() as held:
+        if folder.is_dir():
+            held.enter_context(alone_in(folder, DynamicsError))
+        checkpoint = _prepare(folder, identity, config.n_steps, resume=resume, overwrite=overwrite)
+        held.enter_context(potential.folded())
+        messages: list[str] = []
         if checkpoint is None:
-            messages: list[str] = []
             if config.minimize:
                 relaxed, messages = minimise(potential, structures)
                 simulation = Simulation(potential, relaxed, config)
             messages += [_velocities_ignored(i) for i, a in enumerate(structures) if a.has("momenta")]
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "config.json", json.dumps({**identity, "time_ps": config.time_ps}, indent=2) + "\n")
-            run = _Run(simulation, folder, identity, progress)
-            for message in messages:
-                run.tell(message)
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                held.enter_context(alone_in(folder, DynamicsError))
+        write_whole(folder / "config.json", json.dumps({**identity, "time_ps": config.time_ps}, indent=2) + "\n")
+        run = _Run(simulation, folder, identity, progress, checkpoint)
+        for message in messages:
+            run.tell(message)
+        if checkpoint is None:
             run.begin()
-        else:
-            write_whole(folder / "config.json", json.dumps({**identity, "time_ps": config.time_ps}, indent=2) + "\n")
-            run = _Run(simulation, folder, identity, progress, checkpoint)
         return run.finish()
 
 
@@ -254,7 +261,9 @@ def _identity(potential: Potential, starts: Sequence[Atoms], config: MDConfig) -
     }
 
 
-def _prepare(folder: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> Checkpoint | None:
+def _prepare(
+    folder: Path, identity: dict[str, Any], n_steps: int, *, resume: bool, overwrite: bool
+) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. Raises DynamicsError."""
     if folder.exists() and not folder.is_dir():
         raise DynamicsError(f"{folder} is a file; expected a folder for the run")
@@ -277,6 +286,11 @@ def _prepare(folder: Path, identity: dict[str, Any], *, resume: bool, overwrite:
         )
     if not path.exists():  # interrupted before its first step
         return None
+    if n_steps < content.state.step:
+        raise DynamicsError(
+            f"{folder} has {content.state.step} steps already, more than the {n_steps} that are asked for: give a "
+            "longer --time"
+        )
     return content
 
 
@@ -302,7 +316,8 @@ def _remove(folder: Path) -> None:
     """Only what a run has written."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "replicas", ignore_errors=True)
+    for name in ("replicas", "analysis"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _members(simulation: Simulation) -> list[Member]:

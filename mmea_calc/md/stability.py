@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ..adapter_file import read_adapter
+from ..adapter_file import is_adapter, read_adapter
 from ..backbone import load_backbone
 from ..config import Kernels, MDConfig, Precision
 from ..potential import Potential
@@ -42,7 +42,7 @@ def open_potential(
     Raises:
         AdapterFileError, AdapterError, BackboneError: one of them cannot be used.
     """
-    if Path(adapter).suffix != ".adapter":
+    if not is_adapter(adapter):
         return Potential(load_backbone(adapter, head=head, device=device, dtype=dtype, kernels=kernels))
     file = read_adapter(adapter)
     loaded = load_backbone(

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,14 +179,16 @@ def read_replica(path: str | Path, name: str, *, frames: bool = True) -> Replica
         )
 
 
-def _opened(path: Path) -> h5py.File:
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """What is read within this context and is damaged is a TrajectoryError too."""
     try:
-        file = h5py.File(path, "r")
-        if "particles" not in file or "observables" not in file:
-            raise TrajectoryError(f"{path} is an HDF5 file, but not a trajectory of `mmea md`")
+        with h5py.File(path, "r") as file:
+            if "particles" not in file or "observables" not in file:
+                raise TrajectoryError(f"{path} is an HDF5 file, but not a trajectory of `mmea md`")
+            yield file
     except OSError as problem:
         raise TrajectoryError(f"{path} is no HDF5 file that can be read: {problem}") from problem
-    return file
 
 
 def _text(value: Any) -> str:
