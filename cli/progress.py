@@ -55,7 +55,8 @@ class TrainingDisplay:
             self._task = self._progress.add_task("", total=event.epochs, losses="", errors="", left="")
         fields: dict[str, Any] = {"left": duration(event.seconds_left)}
         fields["losses"] = (
-            f"loss {_figure(event.loss)} (E {_figure(event.energy_loss)}, F {_figure(event.forces_loss)})"
+            f"loss {_figure(event.loss)} (E {_figure(event.energy_loss)}, F {_figure(event.forces_loss)}"
+            f"{_stress(event, ', S ')})"
         )
         if validated:
             fields["errors"] = _errors(event)
@@ -66,7 +67,8 @@ def plain_line(event: ProgressEvent) -> str:
     """One validation as a line of a log."""
     return (
         f"epoch {event.epoch:>{len(str(event.epochs))}}/{event.epochs}  loss {_figure(event.loss)} "
-        f"(energy {_figure(event.energy_loss)}, forces {_figure(event.forces_loss)})  {_errors(event)}  "
+        f"(energy {_figure(event.energy_loss)}, forces {_figure(event.forces_loss)}{_stress(event, ', stress ')})  "
+        f"{_errors(event)}  "
         f"{duration(event.seconds)} gone, {duration(event.seconds_left)} left"
     )
 
@@ -78,6 +80,10 @@ def duration(seconds: float | None) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+def _stress(event: ProgressEvent, before: str) -> str:
+    return "" if event.stress_loss is None else f"{before}{_figure(event.stress_loss)}"
 
 
 def _errors(event: ProgressEvent) -> str:

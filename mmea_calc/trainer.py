@@ -43,6 +43,7 @@ class ProgressEvent:
     Attributes:
         epoch, epochs: finished and planned.
         loss, energy_loss, forces_loss: means over the epoch, weighted as in training.
+        stress_loss: likewise; None where stresses are not trained.
         valid_energy_mae_meV_per_atom, valid_forces_mae_meV_per_A: the latest validation, of the averaged weights.
         seconds, seconds_left: gone and expected.
         message: a sentence for the user, if there is one.
@@ -53,6 +54,7 @@ class ProgressEvent:
     loss: float | None = None
     energy_loss: float | None = None
     forces_loss: float | None = None
+    stress_loss: float | None = None
     valid_energy_mae_meV_per_atom: float | None = None
     valid_forces_mae_meV_per_A: float | None = None
     seconds: float = 0.0
@@ -160,11 +162,12 @@ class Trainer:
         stage = self.stage(self.epoch)
         if stage == 2 and (self.epoch == 0 or self.stage(self.epoch - 1) == 1):
             self.optimiser.lr = self.config.stage_two_lr
-        sums = np.zeros(3)
+        sums = np.zeros(4)
         n_rows = 0
         for rows in self._batches():
             loss = yield from self._step(rows, stage)
-            sums += len(rows) * np.array([float(t.detach()) for t in (loss.total, loss.energy, loss.forces)])
+            parts = (loss.total, loss.energy, loss.forces, loss.stress)
+            sums += len(rows) * np.array([float(t.detach()) for t in parts])
             n_rows += len(rows)
         self.epoch += 1
         sums /= n_rows
@@ -173,6 +176,8 @@ class Trainer:
             errors = self._validate(stage)
         self.seconds += time.perf_counter() - started
         row = {"epoch": self.epoch, "loss": sums[0], "energy_loss": sums[1], "forces_loss": sums[2]}
+        stress_loss = float(sums[3]) if self.config.stress_weight > 0 else None
+        row |= {} if stress_loss is None else {"stress_loss": stress_loss}
         if errors is not None:
             row |= {"valid_loss": errors.loss, **{f"valid_{k}": v for k, v in errors.to_dict().items()}}
         row |= {"lr": self.optimiser.lr, "seconds": self.seconds}
@@ -184,6 +189,7 @@ class Trainer:
                 loss=float(sums[0]),
                 energy_loss=float(sums[1]),
                 forces_loss=float(sums[2]),
+                stress_loss=stress_loss,
                 valid_energy_mae_meV_per_atom=errors.energy_mae_meV_per_atom if errors else None,
                 valid_forces_mae_meV_per_A=errors.forces_mae_meV_per_A if errors else None,
                 seconds=self.seconds,

@@ -236,6 +236,7 @@ def test_a_log_line_has_epoch_losses_validation_errors_and_time_left() -> None:
     assert line == (
         "epoch  3/20  loss 0.5 (energy 0.1, forces 0.4)  valid 1.23 meV/atom, 45.6 meV/Å  0:06 gone, 0:34 left"
     )
+    assert "(energy 0.1, forces 0.4, stress 0.02)" in plain_line(event(stress_loss=0.02))
 
 
 def test_away_from_a_terminal_only_validations_and_messages_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

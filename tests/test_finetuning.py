@@ -25,7 +25,7 @@ from mmea_calc.adapter_file import read_adapter
 from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.data import read_dataset, split
-from mmea_calc.dataset import Dataset
+from mmea_calc.dataset import Dataset, Labelled
 from mmea_calc.errors import AdapterError, AdapterFileError, DataError, TrainingError
 from mmea_calc.files import alone_in
 from mmea_calc.finetuning import finetune
@@ -485,3 +485,18 @@ def test_stresses_that_are_not_trained_are_told(tmp_path: Path) -> None:
         training=QUICK, progress=lambda event: told.append(event.message),
     )  # fmt: skip
     assert any("stress_weight is 0" in text for text in told)
+    assert "stress_loss" not in log_without_times(tmp_path / "a.run")[0]
+
+
+def test_the_log_has_the_stresses_that_are_trained(tmp_path: Path) -> None:
+    atoms = crystal()
+    item = Labelled(atoms, energy=-5.0, forces=np.zeros((len(atoms), 3)), stress=0.02 * np.eye(3))
+    moved = replace(item, atoms=atoms.copy())
+    moved.atoms.rattle(0.05, seed=1)
+    data = Dataset((item, moved), "crystals", {"energy": "energy", "forces": "forces", "stress": "stress"})
+    training = replace(QUICK, stress_weight=10.0, valid_fraction=0.5, epochs=2)
+    finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), adapter=SMALL, training=training)
+    for row in log_without_times(tmp_path / "a.run"):
+        parts = [float(row[f"{name}_loss"]) for name in ("energy", "forces", "stress")]
+        assert min(parts) > 0
+        assert float(row["loss"]) == pytest.approx(sum(parts), rel=1e-5)
