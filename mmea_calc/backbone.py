@@ -34,12 +34,13 @@ BACKBONE_FOLDER = Path(__file__).parent / "backbones"
 
 # name -> what it is, in one line. NAME.safetensors, NAME.json and NAME.md lie in `backbones/`.
 EMBEDDED: dict[str, str] = {
-    "mmea-organic-s": "small organic molecules, PBE/def2-SVP, 325,328 parameters",
+    "mmea-organic-s": "small organic molecules, PBE/def2-SVP, 325,328 parameters; the first version",
     "mmea-organic-s-xtb": "the same network before its PBE stage, GFN2-xTB",
     "mmea-organic-s2": "the same shape, trained further in both stages: a fifth less error on molecules never seen",
     "mmea-organic-s2-xtb": "mmea-organic-s2 before its PBE stage, GFN2-xTB",
     "mmea-organic-s3": "the same shape, trained on 30,000 molecules of GFN2-xTB brought near PBE, and on PBE",
     "mmea-organic-s4": "the same on 60,000 molecules, with pair repulsion and a wall for every pair of elements",
+    "mmea-organic-s5": "the same on 90,000 molecules, and with hydrogen bonds and halogens; the default",
 }
 
 _TRUST_PICKLE = (

@@ -21,7 +21,7 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.benchmark import BenchmarkEvent, plan, published_task, run, runner, training
 from mmea_calc.benchmark.cells import CellResult, read_results
 from mmea_calc.benchmark.tasks import VALID, Task
-from mmea_calc.config import BenchmarkConfig
+from mmea_calc.config import DEFAULT_BACKBONE, BenchmarkConfig
 from mmea_calc.data import read_dataset
 from mmea_calc.errors import DataError, MMEAError, TrainingError
 from mmea_calc.evaluation import evaluate
@@ -174,7 +174,7 @@ def test_methods_seeds_and_molecules_may_be_added_to_a_folder(data: Path, task: 
     [
         ({"epochs": 3}, "epochs was 2, is 3"),
         ({"recipe": "paper"}, "recipe was not given, is paper"),
-        ({"backbone": "other"}, "backbone was mmea-organic-s, is other"),
+        ({"backbone": "other"}, f"backbone was {DEFAULT_BACKBONE}, is other"),
         ({"E0s": None}, "E0s was backbone, is not given"),
         ({"valid_fraction": 0.25}, r"valid_fraction was 0\.5, is 0\.25"),
     ],

@@ -19,7 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from conftest import ROOT
-from mmea_calc.config import AdapterConfig, TrainConfig
+from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig
 from mmea_calc.recipes import RECIPES
 from mmea_calc.trainer import ProgressEvent
 from mmea_cli.finetune import OTHER_OPTIONS
@@ -269,7 +269,13 @@ def test_durations_read_like_a_clock(seconds: float | None, text: str) -> None:
 
 def test_finetune_reports_backbone_data_parameters_and_errors(adapter: Path) -> None:
     output = (adapter.parent / "output.txt").read_text()
-    for text in ("mmea-organic-s (fingerprint", "6 (REF_energy)", "Method gates trains", "epoch 2/2", "fine-tuned"):
+    for text in (
+        f"{DEFAULT_BACKBONE} (fingerprint",
+        "6 (REF_energy)",
+        "Method gates trains",
+        "epoch 2/2",
+        "fine-tuned",
+    ):
         assert text in output
     assert "backbone alone" in output
 
@@ -312,7 +318,7 @@ def test_finetune_refuses_an_element_that_the_backbone_lacks_and_writes_nothing(
 
 def test_backbone_list_and_show_name_the_embedded_one() -> None:
     rows = json.loads(mmea("backbone", "list", "--json").stdout)
-    assert {"mmea-organic-s", "mace-off23-medium"} <= {r["name"] for r in rows}
+    assert {DEFAULT_BACKBONE, "mmea-organic-s", "mace-off23-medium"} <= {r["name"] for r in rows}
     shown = json.loads(mmea("backbone", "show", "mmea-organic-s", "--json").stdout)
     assert shown["n_parameters"] == 325328
     assert shown["fingerprint"][:16] in mmea("backbone", "show", "mmea-organic-s").stdout
