@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,6 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
             were asked for fail.
     """
     from mmea_calc.backbone import load_backbone
-    from mmea_calc.config import DEFAULT_BACKBONE
     from mmea_calc.finetuning import finetune as train_adapter
 
     from .console import out
@@ -45,7 +45,7 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
         warn_if_busy(training.device)
     train, valid, test = read_sets(train_files, options)
     backbone = load_backbone(
-        options["backbone"] or DEFAULT_BACKBONE,
+        backbone_of(options),
         head=options["head"],
         device=training.device,
         dtype=training.dtype,
@@ -109,6 +109,16 @@ def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
     if not verdict["passed"]:
         raise TrainingError(f"the dynamics check failed, see the events above; the verdict is in {path}")
     say(f"dynamics over {verdict['time_ps']:.3g} ps at 300, 600 and 1200 K: passed; the verdict is in {path}")
+
+
+def backbone_of(options: Mapping[str, Any]) -> str:
+    """Name or path: what was asked for, else that of the adapter to start from, else the default."""
+    from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.config import DEFAULT_BACKBONE
+
+    if options["backbone"]:
+        return str(options["backbone"])
+    return read_adapter(options["init"]).backbone if options["init"] else DEFAULT_BACKBONE
 
 
 def read_sets(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:

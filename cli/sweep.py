@@ -65,8 +65,9 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
 
 def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> tuple[list[Point], Path, Path]:
     """What to train, the folder of the sweep, and the file of the table."""
-    from mmea_calc.config import DEFAULT_BACKBONE
     from mmea_calc.sweep import Point, committee, grid
+
+    from .finetune_run import backbone_of
 
     options = settings.options
     if options["sweep"] and options["committee"] is not None:
@@ -74,7 +75,7 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
     if wrong := [name for name in _SINGLE if options[name]]:
         raise typer.BadParameter(f"--{wrong[0].replace('_', '-')} is for a single training")
     taken = {name: options[name] for name in _TAKEN}
-    taken["backbone"] = taken["backbone"] or DEFAULT_BACKBONE
+    taken["backbone"] = backbone_of(options)
     output, stem = options["output"], Path(train[0].stem)
     if options["sweep"]:
         folder = output or Path(f"{stem}.sweep")
@@ -94,7 +95,8 @@ def _check(point: Point) -> None:
 
     from .finetune_run import read_sets, show_report
 
-    show_report(*read_sets(list(point.train), point.options), load_backbone(point.options["backbone"], device="cpu"))
+    backbone = load_backbone(point.options["backbone"], head=point.options["head"], device="cpu")
+    show_report(*read_sets(list(point.train), point.options), backbone)
 
 
 def _cluster_options(words: Sequence[str]) -> dict[str, Any]:

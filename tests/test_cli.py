@@ -404,3 +404,13 @@ def test_an_adapter_of_another_name_is_one_everywhere(adapter: Path, tmp_path: P
     write(tmp_path / "start.xyz", molecule("H2O"))
     result = mmea("md", renamed, tmp_path / "start.xyz", "--time", "4fs", "-o", tmp_path / "RUN")
     assert result.exit_code == 0, result.output
+
+
+def test_training_goes_on_on_the_backbone_of_the_adapter_that_it_starts_from(adapter: Path, tmp_path: Path) -> None:
+    data = [adapter.parent / "train.xyz", DATA / "isolated_atoms.xyz", "--config", adapter.parent / "config.yaml"]
+    options = ["--epochs", 1, "--valid-fraction", 0.4, "-o"]
+    other = tmp_path / "other.adapter"
+    mmea("finetune", *data, "--backbone", "mmea-organic-s3", *options, other)
+    again = mmea("finetune", *data, "--init", other, *options, tmp_path / "again.adapter")
+    assert "mmea-organic-s3 (fingerprint" in again.output
+    assert json.loads(mmea("info", tmp_path / "again.adapter", "--json").stdout)["backbone"] == "mmea-organic-s3"
