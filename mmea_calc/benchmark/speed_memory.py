@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ def peak_memory(make: Callable[..., tuple[Call, torch.device]], *args: Any) -> f
     Returns:
         None where the system does not tell: on a CPU only Linux does.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (make, args, torch.get_num_threads()))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, make, args, torch.get_num_threads()).result()
 
 
 def _peak(make: Callable[..., tuple[Call, torch.device]], args: tuple[Any, ...], threads: int) -> float | None:
