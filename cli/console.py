@@ -35,6 +35,14 @@ def say(text: str, style: str | None = None) -> None:
     out().print(text, style=style, markup=False, soft_wrap=True)
 
 
+def say_doubts(notes: Iterable[str], warnings: Iterable[str]) -> None:
+    """What a user should know of the data, and what is doubtful about them."""
+    for note in notes:
+        say(f"note: {note}")
+    for warning in warnings:
+        say(f"warning: {warning}", style="yellow")
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output; numbers that are not finite become null."""
     typer.echo(json.dumps(_finite(value), indent=2, default=str))

@@ -92,18 +92,16 @@ def _evaluate(potential: Potential, dataset: Dataset, batch_size: int | None) ->
 def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
     from mmea_calc.unit_checks import unit_warnings
 
-    from .console import out, say, table
+    from .console import out, say, say_doubts, table
 
     say(f"{adapter} on {dataset.name}, backbone {evaluation.backbone_name}")
     if dataset.keys:
         say("labels: " + ", ".join(f"{name} from {key}" for name, key in dataset.keys.items() if key))
-    for note in dataset.notes:
-        say(f"note: {note}")
-    for warning in unit_warnings(dataset.structures):
-        say(f"warning: {warning}", style="yellow")
-    used = {name: n for name, n in dataset.counts.items() if name in ("energy", "forces") and n < len(dataset)}
-    for name, n in used.items():
-        say(f"note: {n} of {len(dataset)} structures have a label for {name}, and are measured")
+    fewer = {name: n for name, n in dataset.counts.items() if name in ("energy", "forces") and n < len(dataset)}
+    measured = [
+        f"{n} of {len(dataset)} structures have a label for {name}, and are measured" for name, n in fewer.items()
+    ]
+    say_doubts([*dataset.notes, *measured], unit_warnings(dataset.structures))
     groups = [("all", {model.label: model.overall for model in evaluation.models})]
     types = evaluation.backbone.by_config_type
     if len(types) > 1:

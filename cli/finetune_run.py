@@ -150,14 +150,11 @@ def show_report(train: Dataset, valid: Dataset | None, test: Dataset | None, bac
     """Show keys, the report on the data as a table, and what is doubtful."""
     from mmea_calc.preflight import preflight
 
-    from .console import out, say, table
+    from .console import out, say_doubts, table
 
     report = preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
     out().print(table(["Data", *report.columns[1:]], report.rows))
-    for note in report.notes:
-        say(f"note: {note}")
-    for warning in report.warnings:
-        say(f"warning: {warning}", style="yellow")
+    say_doubts(report.notes, report.warnings)
     return report
 
 

@@ -274,19 +274,21 @@ class MMEACalculator(Calculator):
     def _updated_batch(self, atoms: Atoms) -> Batch:
         """Tensors of the structure: those of the last call with new positions while the neighbours are the same."""
         graph = self.potential.graph(atoms)
-        kept = self._batch
-        like = None if kept is None else (kept.tensors["positions"].dtype, kept.tensors["positions"].device)
-        fitting = like == (self.potential.dtype, self.potential.device)  # a backbone may be moved by others, too
-        if kept is not None and fitting and self._graph is not None and same_neighbours(graph, self._graph):
-            move(kept, graph)
+        batch = self._batch
+        if batch is not None and self._serves(batch) and self._graph and same_neighbours(graph, self._graph):
+            move(batch, graph)
         else:
             present = np.unique(graph.numbers)
             check_elements(present, self.backbone.elements, "the structure")
             self._warn_of_unseen(present)
-            self._batch = self.potential.collate([graph])
-        self._graph = graph
-        assert self._batch is not None
-        return self._batch
+            batch = self.potential.collate([graph])
+        self._graph, self._batch = graph, batch
+        return batch
+
+    def _serves(self, batch: Batch) -> bool:
+        """Whether the backbone, which others may move, still has the precision and device of this batch."""
+        like = batch.tensors["positions"]
+        return like.dtype == self.potential.dtype and like.device == self.potential.device
 
     def _warn_of_unseen(self, present: NDArray[np.int64]) -> None:
         for name in self.active_adapters:

@@ -74,15 +74,12 @@ def first_of_each(structures: Sequence[Labelled]) -> list[int]:
 
 def find_duplicates(dataset: Dataset) -> tuple[int, list[str]]:
     """How many structures repeat an earlier one, and a sentence if some do so with another energy."""
-    seen: dict[Hashable, Labelled] = {}
-    count = 0
+    structures, count = dataset.structures, 0
     contradictions: list[str] = []
-    for item, prints in zip(dataset.structures, fingerprints(dataset.structures), strict=True):
-        earlier = next((seen[p] for p in prints if p in seen), None)
-        for p in prints:
-            seen.setdefault(p, item)
-        if earlier is None:
+    for i, first in enumerate(first_of_each(structures)):
+        if first == i:
             continue
+        item, earlier = structures[i], structures[first]
         count += 1
         if item.energy is None or earlier.energy is None:
             continue

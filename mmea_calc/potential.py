@@ -148,10 +148,10 @@ class Potential:
 
     def graph(self, atoms: Atoms) -> Graph:
         """Neighbour list within the backbone's cutoff. Raises DataError."""
-        self.check_charge(atoms)
+        self._check_charge(atoms)
         return build_graph(atoms, self.backbone.r_max)
 
-    def check_charge(self, atoms: Atoms) -> None:
+    def _check_charge(self, atoms: Atoms) -> None:
         """Warn of a total charge (`atoms.info["charge"]`), once: backbones here compute what is neutral.
 
         Raises:

@@ -97,9 +97,8 @@ class Recordings:
         self._kept[key] = kept  # the latest last
         _copy(inputs, kept.inputs)
         results = kept.recording()
-        if (
-            not kept.proven
-        ):  # at other inputs than those at which it was recorded, where nothing has to be done to agree
+        if not kept.proven:
+            # By other values than those that it was recorded with: with those, doing nothing agrees as well.
             _compare(results, self._function(inputs))
             kept.proven = True
         self._n_calls += 1

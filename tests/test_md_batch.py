@@ -266,13 +266,21 @@ def test_bonds_across_cell_boundaries_are_bonds() -> None:
     assert rows[NAMES.index("formed_bonds"), 0] == 0
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) -> None:
+def gated_potential() -> Potential:
+    """Strong gates that have seen ethanol."""
     potential = tiny_potential()
     adapter = potential.adapter = attach(potential.backbone.network, AdapterConfig(method="gates", gate_rank=4))
     randomise(adapter, std=0.5)
     with adapter.recording():
         potential.predict_graphs([potential.graph(ethanol())])
+    return potential
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) -> None:
+    potential = gated_potential()
+    adapter = potential.adapter
+    assert adapter is not None
     if merged:  # as in a run
         adapter.merge()
     simulation = simulate(
@@ -300,11 +308,7 @@ def test_gates_outside_their_range_and_the_bare_forces_are_seen(merged: bool) ->
     "atoms", [Atoms("H"), Atoms("H2", [[0, 0, 0], [0, 0, 50.0]])], ids=["one atom", "two far apart"]
 )
 def test_gates_of_atoms_out_of_reach_are_watched_too(atoms: Atoms) -> None:
-    potential = tiny_potential()
-    adapter = potential.adapter = attach(potential.backbone.network, AdapterConfig(method="gates", gate_rank=4))
-    randomise(adapter, std=0.5)
-    with adapter.recording():
-        potential.predict_graphs([potential.graph(ethanol())])
+    potential = gated_potential()
     simulation = simulate(potential, [atoms], 0, temperatures_K=(300.0,), stats_every=2, traj_every=2, drift_every=2)
     seen = []
     for _ in range(2 * GATES_EVERY):
@@ -316,11 +320,7 @@ def test_gates_of_atoms_out_of_reach_are_watched_too(atoms: Atoms) -> None:
 
 def test_gates_are_seen_alike_in_parts_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many replicas are watched some at a time, so that memory does not grow with their number."""
-    potential = tiny_potential()
-    adapter = potential.adapter = attach(potential.backbone.network, AdapterConfig(method="gates", gate_rank=4))
-    randomise(adapter, std=0.5)
-    with adapter.recording():
-        potential.predict_graphs([potential.graph(ethanol())])
+    potential = gated_potential()
     seen, sizes = [], []
     predict = potential.predict
 

@@ -72,7 +72,7 @@ def test_a_side_whose_call_needs_more_memory_than_there_is_is_left_out_with_what
 ) -> None:
     monkeypatch.setattr(speed, "_PLENTY", 60)
     monkeypatch.setattr(speed, "free_memory", lambda device: 1000.0)
-    # MB for 512 atoms: for 64 an eighth of it
+    # MB for 512 atoms: for 64 an eighth of it, 0.88 and 1.1 GB
     monkeypatch.setattr(speed, "peak_memory", lambda make, config, ours: 7000.0 if ours else 9000.0)
     config = SpeedConfig(device="cpu", compile=False, atoms=(8, 64), replicas=(), calls=1, training=False)
     told: list[str] = []
@@ -83,7 +83,7 @@ def test_a_side_whose_call_needs_more_memory_than_there_is_is_left_out_with_what
     assert large.ours
     assert large.theirs is None
     assert large.ratio is None
-    assert large.note.endswith("us per atom; mace-torch would need 1 GB")
+    assert large.note.endswith("us per atom; mmea needs about 0.88 GB; mace-torch would need about 1.1 GB")
     assert "mace-torch not measured" in told[-1]
 
 

@@ -134,9 +134,10 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     for n in config.replicas:
         tell(f"{n} replicas of aspirin")
         add(_replicas(config, adapted, theirs, n))
+    needs = _needs(config)
     for n in config.atoms:
         tell(f"{n} atoms of diamond")
-        add(_periodic(config, adapted, theirs, n))
+        add(_periodic(config, adapted, theirs, n, needs))
     if config.training:
         tell("training steps")
         add(*_training(config))
@@ -226,29 +227,33 @@ def _dynamics(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
     return Timed(f"dynamics of {n} aspirin{'s' if n > 1 else ''}", rate, 1 / found["theirs"], "steps/s", note)
 
 
-def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int) -> Timed:
-    """One call each; a side whose call would need more memory than there is is left out, with what it needs."""
+def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int, needs: Mapping[str, float]) -> Timed:
+    """One call each; a side whose call would need more memory than there is is left out.
+
+    Args:
+        needs: side -> MB that an atom needs, where that is known; told of large crystals.
+    """
     atoms, device = diamond(n), adapted.potential.device
     calls = {"ours": _mover(atoms, adapted), "theirs": _mover(atoms, theirs)}
-    wanting = _wanting(config, len(atoms), device) if len(atoms) > _PLENTY else {}
+    large = {k: mb * len(atoms) for k, mb in needs.items()} if len(atoms) > _PLENTY else {}
+    free = free_memory(device)
+    wanting = {k for k, mb in large.items() if free is not None and mb > free}
     found = medians({k: call for k, call in calls.items() if k not in wanting}, max(2, config.calls // 20), device)
     ours, theirs_ = (1000 * found[k] if k in found else None for k in calls)
     notes = [f"{1e3 * ours / len(atoms):.1f} us per atom"] if ours else []
     for key, name in (("ours", "mmea"), ("theirs", "mace-torch")):
-        if key in wanting:
-            notes.append(f"{name} would need {wanting[key]:.0f} GB")
+        if key in large:
+            notes.append(f"{name} {'would need' if key in wanting else 'needs'} about {large[key] / 1e3:.2g} GB")
     what = f"one call, {len(atoms)} atoms, periodic"
     return Timed(what, ours, theirs_, "ms", "; ".join(notes), "atoms", len(atoms))
 
 
-def _wanting(config: SpeedConfig, n: int, device: torch.device) -> dict[str, float]:
-    """The sides for whose call there is too little memory, and GB that it would need, judged from a smaller crystal."""
-    free, found = free_memory(device), {}
-    for key, ours in (("ours", True), ("theirs", False)):
-        needs = peak_memory(periodic_call, config, ours)
-        if free is not None and needs is not None and (total := needs * n / len(diamond(_SMALLER))) > free:
-            found[key] = total / 1e3
-    return found
+def _needs(config: SpeedConfig) -> dict[str, float]:
+    """MB that an atom needs in a call of either side, judged from a crystal; nothing without large ones to measure."""
+    if max(config.atoms, default=0) <= _PLENTY:
+        return {}
+    sides = {key: peak_memory(periodic_call, config, ours) for key, ours in (("ours", True), ("theirs", False))}
+    return {key: mb / len(diamond(_SMALLER)) for key, mb in sides.items() if mb is not None}
 
 
 def periodic_call(config: SpeedConfig, ours: bool) -> tuple[Callable[[], object], torch.device]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..graph import Batch, build_graph
+from ..graph import Batch
 from ..parts import Parts
 from ..potential import Potential, Prediction
 from .neighbours import SKIN, Neighbours, Pairs
@@ -38,7 +38,7 @@ class ReplicaForces:
     def __init__(self, potential: Potential, layout: Layout, skin: float = SKIN) -> None:
         self.potential, self.layout = potential, layout
         r_max = potential.backbone.r_max
-        graphs = [build_graph(r.atoms, r_max) for r in layout.replicas]
+        graphs = [potential.graph(r.atoms) for r in layout.replicas]
         self.batch = potential.collate(graphs)
         self.neighbours = Neighbours(layout, r_max, skin)
         self._parts = Parts(WATCHED_AT_ONCE if layout.device.type == "cpu" else None)

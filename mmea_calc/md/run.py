@@ -105,9 +105,7 @@ def run_md(
     structures = [starts] if isinstance(starts, Atoms) else list(starts)
     device, dtype = str(potential.device), str(potential.dtype).removeprefix("torch.")
     config = replace(config or MDConfig(), device=device, dtype=dtype)  # type: ignore[arg-type]
-    simulation = Simulation(potential, structures, config)  # checks everything but
-    for atoms in structures:
-        potential.graph(atoms)  # whether this backbone is for such structures
+    simulation = Simulation(potential, structures, config)  # checks everything
     identity = _identity(potential, structures, config)
     with ExitStack() as held:
         if folder.is_dir():
