@@ -171,7 +171,10 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
-        yield Processes(rank, size, store), own
+        team = Processes(rank, size, store)
+        # A process may be connected while another still waits for it, where its end would be an error of torch's own.
+        team.gather(rank)
+        yield team, own
     finally:
         dist.destroy_process_group()
 

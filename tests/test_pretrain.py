@@ -420,7 +420,9 @@ def test_choosing_gives_an_order_for_labels_and_leaves_benchmarks_out(
     assert (1,) * 6 + (6,) * 2 not in counts
 
     monkeypatch.setattr(label, "_pyscf", lambda: None)
-    monkeypatch.setattr(label, "energy_and_forces", lambda numbers, positions: (-1.0 * len(numbers), positions * 0.0))
+    monkeypatch.setattr(
+        label, "energy_and_forces", lambda numbers, positions, grid: (-1.0 * len(numbers), positions * 0.0)
+    )
     assert label.label(data=PBE, out=tmp_path / "raw", order=tmp_path / "order.npz", limit=5) == 5
     assert {int(file.stem) for file in (tmp_path / "raw").glob("*.npz")} == set(chosen[:5])
     assert main([*words, "--out", str(tmp_path / "next.npz"), "--skip", str(tmp_path / "order.npz")]) == 0
@@ -438,7 +440,7 @@ def test_labelling_is_resumable_and_packs_into_a_set(
     """With a stand-in for the quantum chemistry: the bookkeeping is what is tested."""
     calls: list[int] = []
 
-    def stand_in(numbers: list[int], positions: np.ndarray) -> tuple[float, np.ndarray] | None:
+    def stand_in(numbers: list[int], positions: np.ndarray, *, grid: int) -> tuple[float, np.ndarray] | None:
         calls.append(len(numbers))
         return None if len(calls) == 3 else (-100.0 * len(numbers), 0.1 * np.ones_like(positions))
 
@@ -461,7 +463,9 @@ def test_labelling_is_resumable_and_packs_into_a_set(
 
 def test_a_second_file_of_a_set_holds_other_structures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(label, "_pyscf", lambda: None)
-    monkeypatch.setattr(label, "energy_and_forces", lambda numbers, positions: (-1.0 * len(numbers), positions * 0.0))
+    monkeypatch.setattr(
+        label, "energy_and_forces", lambda numbers, positions, grid: (-1.0 * len(numbers), positions * 0.0)
+    )
     monkeypatch.setattr(label, "xtb_energy_and_forces", lambda numbers, positions: (-2.0, positions * 0.0 + 3.0))
     raw, more, made = tmp_path / "raw", tmp_path / "more", tmp_path / "set"
     label.label(data=PBE, out=raw, limit=25)
@@ -515,10 +519,12 @@ def test_pbe_labels_agree_with_the_shipped_ones() -> None:
     ends = np.cumsum(arrays["n_atoms"].astype(int))
     smallest = int(np.argmin(arrays["n_atoms"]))
     span = slice(ends[smallest] - int(arrays["n_atoms"][smallest]), ends[smallest])
-    result = label.energy_and_forces(arrays["numbers"][span].tolist(), arrays["positions"][span].astype(float))
-    assert result is not None
-    assert result[0] == pytest.approx(arrays["energy"][smallest], abs=1e-3)
-    assert np.abs(result[1] - arrays["forces"][span]).max() < 1e-3
+    numbers, positions = arrays["numbers"][span].tolist(), arrays["positions"][span].astype(float)
+    for grid, error in ((3, 1e-3), (1, 0.02)):
+        result = label.energy_and_forces(numbers, positions, grid=grid)
+        assert result is not None
+        assert result[0] == pytest.approx(arrays["energy"][smallest], abs=error)
+        assert np.abs(result[1] - arrays["forces"][span]).max() < error
 
 
 def test_xtb_labels_agree_with_the_shipped_ones() -> None:

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     choose.add_argument("--by", nargs=2, required=True, metavar="POTENTIAL", help="adapters or backbones, two")
     choose.add_argument("--out", type=Path, required=True, help=".npz file to write")
     choose.add_argument("--pool", type=int, default=4000, help="structures that are compared")
+    choose.add_argument("--min-heavy", type=int, default=3, help="smallest number of heavy atoms")
     choose.add_argument("--max-heavy", type=int, default=12, help="largest number of heavy atoms")
     choose.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
 
@@ -53,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--skip", type=Path, nargs="*", default=[], help="packed sets whose structures are left out")
     label.add_argument("--order", type=Path, default=None, help="structures to label: a file of `choose` or `sample`")
     label.add_argument("--first-index", type=int, default=0, help="added to the numbers of the structures")
+    label.add_argument(
+        "--grid", type=int, choices=(1, 2, 3), default=3, help="PySCF's grid level; 1 takes half the time"
+    )
     label.add_argument("--atoms", action="store_true", help="label isolated atoms instead: writes OUT/e0.json")
 
     pack = commands.add_parser("pack", help="labelled structures -> train-0.npz, valid.npz, e0.json, level.txt")

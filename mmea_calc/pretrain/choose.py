@@ -42,6 +42,7 @@ def choose(
     out: Path,
     by: tuple[Potential, Potential],
     pool: int = 4000,
+    min_heavy: int = 3,
     max_heavy: int = 12,
     skip: Sequence[Path] = (),
     seed: int = 0,
@@ -54,7 +55,7 @@ def choose(
         out: .npz file to write.
         by: two potentials at one level of theory, made in different ways.
         pool: how many structures both are asked about.
-        max_heavy: largest number of heavy atoms.
+        min_heavy, max_heavy: smallest and largest number of heavy atoms.
         skip: packed sets whose structures are left out.
         seed: of the draw.
         progress: told what is found.
@@ -74,7 +75,7 @@ def choose(
         span = where[k]
         made_of = composition(arrays["numbers"][span])
         heavy = sum(z > 1 for z in made_of)
-        if k in known or made_of in left_out or not (len(made_of) >= 4 and 3 <= heavy <= max_heavy):
+        if k in known or made_of in left_out or not (len(made_of) >= 4 and min_heavy <= heavy <= max_heavy):
             continue
         if seen[made_of] == _PER_COMPOSITION or float(np.abs(arrays["forces"][span]).max()) > LARGEST_FORCE:
             continue

@@ -1,8 +1,9 @@
 """Energies and forces at PBE/def2-SVP for small structures of a packed set, and the packing of what was labelled.
 
 The level of theory is rMD17's: with density fitting and grid level 3, PySCF agrees with its forces on ethanol to
-0.4 meV/A. Most iterations are done on a coarse grid (level 1) and the last few on the fine one, which takes about half
-the time and changes forces by less than 1 meV/A.
+0.4 meV/A. Most iterations are done on a coarse grid and the last few on the fine one, which takes about half the time
+and changes forces by less than 1 meV/A. With grid level 1 a label takes half of that again, and its forces are off by
+1 to 2 meV/A in the mean: little beside the tens of meV/A that a backbone misses them by.
 """
 
 from __future__ import annotations
@@ -50,18 +51,21 @@ def mean_field(numbers: Sequence[int], positions: np.ndarray, *, unpaired: int =
     return field
 
 
-def energy_and_forces(numbers: Sequence[int], positions: np.ndarray) -> tuple[float, np.ndarray] | None:
+def energy_and_forces(
+    numbers: Sequence[int], positions: np.ndarray, *, grid: int = 3
+) -> tuple[float, np.ndarray] | None:
     """Energy (eV) and forces (n_atoms, 3; eV/A) of a closed-shell molecule; None if it does not converge.
 
     Args:
         numbers: atomic numbers.
         positions: (n_atoms, 3), A.
+        grid: PySCF's level of the last grid, 1 to 3; most iterations are done two levels below.
 
     Raises:
         MMEAError: PySCF is not installed.
     """
     pyscf = _pyscf()
-    field = mean_field(numbers, positions, grid=1)
+    field = mean_field(numbers, positions, grid=max(grid - 2, 0))
     field.with_df.build()  # once for both grids
     field.conv_tol, field.conv_tol_grad = 1e-7, 1e-4
     field.kernel()
@@ -69,8 +73,8 @@ def energy_and_forces(numbers: Sequence[int], positions: np.ndarray) -> tuple[fl
         return None
     density = field.make_rdm1()
     field.grids = pyscf.dft.Grids(field.mol)
-    field.grids.level = 3
-    field.conv_tol, field.conv_tol_grad = 1e-8, 6e-5
+    field.grids.level = grid
+    field.conv_tol, field.conv_tol_grad = (1e-8, 6e-5) if grid > 1 else (1e-6, 3e-4)
     energy = field.kernel(density)
     if not field.converged:
         return None
@@ -153,6 +157,7 @@ def label(
     skip: Sequence[Path] = (),
     order: Path | None = None,
     first_index: int = 0,
+    grid: int = 3,
     progress: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Label geometries, one file each, until time, number or geometries end; files that are there are left alone.
@@ -166,6 +171,7 @@ def label(
         skip: packed sets whose structures are left out.
         order: which structures, and in which order: a file of `choose` or `sample`.
         first_index: added to the numbers of the structures, so that those of several sets stay apart.
+        grid: see `energy_and_forces`.
         progress: told of every structure.
 
     Returns:
@@ -188,7 +194,7 @@ def label(
         if (minutes is not None and elapsed > 60 * minutes) or (limit is not None and done >= limit):
             break
         try:
-            result = energy_and_forces(numbers.tolist(), positions)
+            result = energy_and_forces(numbers.tolist(), positions, grid=grid)
         except (ArithmeticError, RuntimeError, ValueError, np.linalg.LinAlgError) as problem:
             progress(f"{index}: left out ({problem})")  # one structure must not stop a night's work
             continue
