@@ -279,7 +279,8 @@ class Adapter:
         for rates, masked in sorted({(g.rates, g.decaying is not None) for g in groups}, reverse=True):
             alike = [g for g in groups if (g.rates, g.decaying is not None) == (rates, masked)]
             masks = tuple(m for g in alike for m in g.decaying or ()) if masked else None
-            joined.append(ParameterGroup([p for g in alike for p in g.parameters], rates, masks))
+            shapes = tuple(s for g in alike for s in g.all_shapes())
+            joined.append(ParameterGroup([p for g in alike for p in g.parameters], rates, masks, shapes))
         return [group for group in joined if group.parameters]
 
     @property

@@ -94,7 +94,7 @@ def low_rank(site: Site, config: AdapterConfig, generator: torch.Generator) -> U
 
 
 def dense(site: Site, config: AdapterConfig, generator: torch.Generator) -> Update:
-    return Dense(site.value)
+    return Dense(site.value, site.blocks)
 
 
 def sparse(site: Site, config: AdapterConfig, generator: torch.Generator) -> Update:
@@ -318,4 +318,5 @@ def _product_blocks(product: Any) -> Iterator[Block]:
             *rows, columns = ins.path_shape
             one, two = product.irreps_in1[ins.i_in1].ir, product.irreps_in2[ins.i_in2].ir
             ir_out = product.irreps_out[ins.i_out].ir
-            yield Block((prod(rows),), columns, path=f"{one} x {two} -> {ir_out}", order=ir_out.l)
+            path = f"{one} x {two} -> {ir_out}"
+            yield Block((prod(rows),), columns, path=path, order=ir_out.l, row_axes=tuple(rows))

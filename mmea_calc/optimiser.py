@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import TrainingError
+from .soap import SOAP
 from .updates import ParameterGroup
 
 
@@ -113,6 +114,8 @@ class Optimiser:
             # `step` itself decays the groups with masks
             decay = decay if group.decaying is None else 0.0
             settings.append(dict(params=group.parameters, lr=config.lr * ratio, lr_ratio=ratio, weight_decay=decay))
+            if config.optimizer == "soap":
+                settings[-1]["shapes"] = [list(shapes) for shapes in group.all_shapes()]
         self.torch: Any
         self._averages: Averages | ScheduleFreeAverages
         if config.optimizer == "schedulefree":
@@ -122,7 +125,8 @@ class Optimiser:
             self.torch.train()
             self._averages = ScheduleFreeAverages(self.parameters, self.torch)
         else:
-            self.torch = _soap(settings, config) if config.optimizer == "soap" else _adamw(settings, config)
+            soap = config.optimizer == "soap"
+            self.torch = SOAP(settings, lr=config.lr) if soap else _adamw(settings, config)
             self._averages = Averages(self.parameters, config.ema_decay)
 
     @property
@@ -158,8 +162,14 @@ class Optimiser:
         return {"torch": self.torch.state_dict(), "averages": self._averages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.torch.load_state_dict(state["torch"])
+        """The inverse of `state_dict`. Raises TrainingError for that of another optimiser."""
+        try:
+            self.torch.load_state_dict(state["torch"])
+        except (ValueError, KeyError) as problem:
+            raise TrainingError(
+                f"the checkpoint holds the state of another optimiser ({problem}), perhaps of an older version "
+                "of mmea: start without --resume"
+            ) from problem
         self._averages.load_state_dict(state["averages"])
 
     @torch.no_grad()
@@ -186,12 +196,6 @@ class Optimiser:
 
 def _adamw(settings: list[dict[str, Any]], config: TrainConfig) -> Any:
     return torch.optim.AdamW(settings, lr=config.lr, amsgrad=config.amsgrad)
-
-
-def _soap(settings: list[dict[str, Any]], config: TrainConfig) -> Any:
-    from pytorch_optimizer import SOAP
-
-    return SOAP(settings, lr=config.lr)
 
 
 def check_optimiser(config: TrainConfig) -> None:

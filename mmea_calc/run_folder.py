@@ -28,7 +28,6 @@ PACKAGES = (
     "matscipy",
     "numpy",
     "safetensors",
-    "pytorch_optimizer",
     "schedulefree",
 )
 

@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+Shapes = tuple[tuple[int, ...], ...]  # of the matrices that a tensor consists of, in memory order
+
 
 @dataclass(frozen=True)
 class Block:
@@ -23,6 +25,7 @@ class Block:
         std: of A at the start.
         path: which irreps it connects, such as "1o -> 1o"; empty where it is not of one path.
         order: order l of the path's output; None where it is not of one order.
+        row_axes: what the rows are a product of, such as channels and elements; not given: `rows`.
     """
 
     rows: tuple[int, ...]
@@ -30,6 +33,7 @@ class Block:
     std: float = 1.0
     path: str = ""
     order: int | None = None
+    row_axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,18 @@ class ParameterGroup:
             have `tau_lr` and `tau_weight_decay`.
         decaying: for every parameter a function that gives the entries which weight decay acts on at present (a mask
             of the parameter's shape); None: on all.
+        shapes: for every parameter those of the matrices that it consists of, in memory order, for optimisers that know
+            matrices (`soap`); None: each is one.
     """
 
     parameters: list[nn.Parameter]
     rates: Literal["weights", "thresholds"] = "weights"
     decaying: tuple[Callable[[], Tensor], ...] | None = None
+    shapes: tuple[Shapes, ...] | None = None
+
+    def all_shapes(self) -> tuple[Shapes, ...]:
+        """`shapes`, also where they are not given."""
+        return self.shapes or tuple((tuple(p.shape),) for p in self.parameters)
 
 
 class Update(nn.Module):
@@ -114,16 +125,26 @@ class LowRank(Update):
 
 
 class Dense(Update):
-    """W + D, every entry free, D = 0 at the start: what training the tensor itself amounts to."""
+    """W + D, every entry free, D = 0 at the start: what training the tensor itself amounts to.
+
+    Args:
+        weight: the frozen tensor; read for shape, precision and device.
+        blocks: the matrices it consists of, in memory order, if it does.
+    """
 
     label = "dense"
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, blocks: Sequence[Block] = ()) -> None:
         super().__init__()
+        self.blocks = tuple(blocks)
         self.D = nn.Parameter(torch.zeros_like(weight, memory_format=torch.contiguous_format))
 
     def change(self) -> Tensor:
         return self.D
+
+    def groups(self) -> list[ParameterGroup]:
+        shapes = tuple((*(block.row_axes or block.rows), block.columns) for block in self.blocks)
+        return [ParameterGroup([self.D], shapes=(shapes or (tuple(self.D.shape),),))]
 
 
 class Replacement(Update):
