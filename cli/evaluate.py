@@ -28,16 +28,17 @@ def evaluate(
     dtype: Annotated[Literal["float32", "float64"] | None, typer.Option(help="Precision.")] = None,
     energy_key: Annotated[str | None, typer.Option(help="Name of the energies; detected if not given.")] = None,
     forces_key: Annotated[str | None, typer.Option(help="Name of the forces.")] = None,
+    stress_key: Annotated[str | None, typer.Option(help="Name of the stresses.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Errors of energies and forces: overall, per config_type and per element, adapter beside bare backbone."""
+    """Errors of energies, forces and stresses: overall, by config_type and element, adapter beside bare backbone."""
     from mmea_calc.data import read_dataset
     from mmea_calc.files import check_place
 
     from .console import print_json
 
     check_place(plot)
-    dataset = read_dataset(test, energy_key=energy_key, forces_key=forces_key)
+    dataset = read_dataset(test, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
     potential = _potential(adapter, backbone, device, dtype)
     evaluation = _evaluate(potential, dataset, batch_size)
     if plot is not None:
@@ -97,7 +98,8 @@ def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
     say(f"{adapter} on {dataset.name}, backbone {evaluation.backbone_name}")
     if dataset.keys:
         say("labels: " + ", ".join(f"{name} from {key}" for name, key in dataset.keys.items() if key))
-    fewer = {name: n for name, n in dataset.counts.items() if name in ("energy", "forces") and n < len(dataset)}
+    counts = dataset.counts
+    fewer = {k: n for k, n in counts.items() if n < len(dataset) and (k in ("energy", "forces") or n)}
     measured = [
         f"{n} of {len(dataset)} structures have a label for {name}, and are measured" for name, n in fewer.items()
     ]
@@ -117,10 +119,11 @@ def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
                     LABELS[label],
                     *(energy.mae_meV, energy.rmse_meV, energy.mae_meV_per_atom, energy.rmse_meV_per_atom),
                     *(forces.mae_meV_per_A, forces.rmse_meV_per_A),
+                    *((errors.stress.mae_meV_per_A3, errors.stress.rmse_meV_per_A3) if counts["stress"] else ()),
                 )
             )
-    units = ["meV", "meV", "meV/atom", "meV/atom", "meV/Å", "meV/Å"]
-    titles = ["E MAE", "E RMSE", "E MAE", "E RMSE", "F MAE", "F RMSE"]
+    units = ["meV", "meV", "meV/atom", "meV/atom", "meV/Å", "meV/Å", *["meV/Å³"] * 2 * bool(counts["stress"])]
+    titles = ["E MAE", "E RMSE", "E MAE", "E RMSE", "F MAE", "F RMSE", *["S MAE", "S RMSE"] * bool(counts["stress"])]
     headings = [f"{title}\n{unit}" for title, unit in zip(titles, units, strict=True)]
     out().print(table(["config_type", "structures", "", *headings], rows))
     rows = []

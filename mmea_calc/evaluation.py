@@ -1,7 +1,8 @@
 """Errors of a potential on labelled structures: the adapter, and its bare backbone beside it.
 
 Energies are total energies. "per atom" divides the error of every structure by its number of atoms before averaging;
-errors of forces are over Cartesian components, so that structures weigh as much as they have atoms.
+errors of forces are over Cartesian components, so that structures weigh as much as they have atoms; those of stresses
+over the nine components.
 """
 
 from __future__ import annotations
@@ -60,12 +61,27 @@ class EnergyErrors:
 
 
 @dataclass(frozen=True)
+class StressErrors:
+    """Errors of the nine components of stresses; None where no structure has one.
+
+    Attributes:
+        n_structures: structures with a labelled stress.
+        mae_meV_per_A3, rmse_meV_per_A3: mean absolute and root mean square error; 1 meV/A^3 is 0.16 GPa.
+    """
+
+    n_structures: int
+    mae_meV_per_A3: float | None
+    rmse_meV_per_A3: float | None
+
+
+@dataclass(frozen=True)
 class GroupErrors:
     """Errors over all structures, or over those of one `config_type`."""
 
     n_structures: int
     energy: EnergyErrors
     forces: ForcesErrors
+    stress: StressErrors
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ class ModelEvaluation:
         forces_by_element: chemical symbol -> errors of the forces on its atoms, by atomic number.
         energies: predicted total energies, (n_structures,), eV.
         forces: predicted forces, one (n_atoms, 3) array per structure, eV/A.
+        stresses: predicted stresses, (n_structures, 3, 3), eV/A^3, ASE's sign; empty where no label asks for them.
     """
 
     label: str
@@ -87,6 +104,7 @@ class ModelEvaluation:
     forces_by_element: dict[str, ForcesErrors]
     energies: FloatArray = field(repr=False)
     forces: tuple[FloatArray, ...] = field(repr=False)
+    stresses: FloatArray = field(repr=False, default_factory=lambda: np.zeros((0, 3, 3)))
 
     def to_dict(self) -> dict[str, Any]:
         """The errors as plain, JSON-ready values, without the predictions."""
@@ -139,6 +157,7 @@ class Evaluation:
         structures = self.dataset.structures
         energy_rows = [i for i, s in enumerate(structures) if s.energy is not None]
         force_rows = [i for i, s in enumerate(structures) if s.forces is not None]
+        stress_rows = [i for i, s in enumerate(structures) if s.stress is not None]
         n_atoms = np.array([len(structures[i].atoms) for i in energy_rows], dtype=float)
         energies = np.array([structures[i].energy for i in energy_rows], dtype=float)
         return [
@@ -148,6 +167,8 @@ class Evaluation:
                 reference_energy=energies / n_atoms,
                 forces=_stack(model.forces[i] for i in force_rows),
                 reference_forces=_stack(structures[i].forces for i in force_rows),
+                stress=model.stresses[stress_rows],
+                reference_stress=np.array([structures[i].stress for i in stress_rows]).reshape(-1, 3, 3),
             )
             for model in reversed(self.models)
         ]
@@ -184,19 +205,18 @@ def evaluate(
     graphs = _graphs(potential, dataset)
     adapted = potential.adapter is not None and potential.adapter.enabled
     total = len(graphs) * (1 + adapted)
-    want_forces = counts["forces"] > 0
+    want_forces, want_stress = counts["forces"] > 0, counts["stress"] > 0
 
     def run(label: str, done: int) -> ModelEvaluation:
         mine = {}
         starts = range(0, len(graphs), batch_size)
         for start in team.mine(starts):
             some = graphs[start : start + batch_size]
-            energy, per_structure = potential.predict_graphs(some, batch_size=batch_size, forces=want_forces)
-            mine[start] = energy.numpy(), [f.numpy() for f in per_structure]
+            mine[start] = _predicted(potential, some, forces=want_forces, stress=want_stress)
             progress(done + min(start + team.size * batch_size, len(graphs)), total)
         found = {start: part for parts in team.gather(mine) for start, part in parts.items()}
-        forces = tuple(f for start in starts for f in found[start][1])
-        return _compare(label, dataset, np.concatenate([found[start][0] for start in starts]), forces)
+        energies, stresses = (np.concatenate([found[start][k] for start in starts]) for k in (0, 2))
+        return _compare(label, dataset, energies, tuple(f for start in starts for f in found[start][1]), stresses)
 
     with potential.folded():
         with_adapter = run("adapter", 0) if adapted else None
@@ -223,7 +243,19 @@ def _graphs(potential: Potential, dataset: Dataset) -> Sequence[Graph]:
     return graphs
 
 
-def _compare(label: str, dataset: Dataset, energies: FloatArray, forces: tuple[FloatArray, ...]) -> ModelEvaluation:
+def _predicted(
+    potential: Potential, graphs: Sequence[Graph], *, forces: bool, stress: bool
+) -> tuple[FloatArray, list[FloatArray], FloatArray]:
+    """Energies (n,), forces of every structure, stresses (n, 3, 3); empty where not wanted."""
+    found = potential.predict(potential.collate(graphs), forces=forces, stress=stress)
+    components = [] if found.forces is None else found.forces.double().cpu().split([g.n_atoms for g in graphs])
+    stresses = np.zeros((0, 3, 3)) if found.stress is None else found.stress.double().cpu().numpy()
+    return found.energy.cpu().numpy(), [f.numpy() for f in components], stresses
+
+
+def _compare(
+    label: str, dataset: Dataset, energies: FloatArray, forces: tuple[FloatArray, ...], stresses: FloatArray
+) -> ModelEvaluation:
     structures = dataset.structures
     has_energy = np.array([s.energy is not None for s in structures])
     energy_error = energies - np.array([s.energy or 0.0 for s in structures])
@@ -236,6 +268,7 @@ def _compare(label: str, dataset: Dataset, energies: FloatArray, forces: tuple[F
             n_structures=len(rows),
             energy=_energy_errors(energy_error[known], n_atoms[known]),
             forces=_forces_errors(_stack(forces_error[i] for i in rows)),
+            stress=_stress_errors([stresses[i] - s for i in rows if (s := structures[i].stress) is not None]),
         )
 
     by_type: dict[str, list[int]] = {}
@@ -250,6 +283,7 @@ def _compare(label: str, dataset: Dataset, energies: FloatArray, forces: tuple[F
         forces_by_element={chemical_symbols[z]: _forces_errors(all_forces[numbers == z]) for z in np.unique(numbers)},
         energies=energies,
         forces=forces,
+        stresses=stresses,
     )
 
 
@@ -259,6 +293,10 @@ def _energy_errors(errors: FloatArray, n_atoms: FloatArray) -> EnergyErrors:
 
 def _forces_errors(errors: FloatArray) -> ForcesErrors:
     return ForcesErrors(len(errors), *_mae_rmse(errors))
+
+
+def _stress_errors(errors: list[FloatArray]) -> StressErrors:
+    return StressErrors(len(errors), *_mae_rmse(np.array(errors)))
 
 
 def _mae_rmse(errors: FloatArray) -> tuple[float | None, float | None]:
@@ -273,4 +311,4 @@ def _stack(forces: Iterable[FloatArray | None]) -> FloatArray:
     return np.concatenate([np.zeros((0, 3)), *(f for f in forces if f is not None)])
 
 
-__all__ = ["EnergyErrors", "Evaluation", "ForcesErrors", "GroupErrors", "ModelEvaluation", "evaluate"]
+__all__ = ["EnergyErrors", "Evaluation", "ForcesErrors", "GroupErrors", "ModelEvaluation", "StressErrors", "evaluate"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class ParitySeries:
         reference_energy: labels, (n_structures,), eV/atom.
         forces: predicted force components, any shape, eV/A.
         reference_forces: labels, of the same shape, eV/A.
+        stress, reference_stress: the same for stress components, any shape, eV/A^3; drawn where there are any.
     """
 
     label: str
@@ -48,6 +49,8 @@ class ParitySeries:
     reference_energy: np.ndarray
     forces: np.ndarray
     reference_forces: np.ndarray
+    stress: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    reference_stress: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def learning_curve(
@@ -93,7 +96,7 @@ def learning_curve(
 
 
 def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | None = None) -> Path:
-    """Draw predictions against labels: energy per atom on the left, force components on the right.
+    """Draw predictions against labels: energies per atom, force components, and stress components if there are any.
 
     Energies are relative to the mean of the labels. Axes are equal. When a model is so far off that it would squeeze
     the others into a dot, the axes follow the labels and the last series, and the legend counts what lies outside.
@@ -112,10 +115,13 @@ def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | Non
         for quantity, a, b in (
             ("energies", s.energy, s.reference_energy),
             ("forces", s.forces, s.reference_forces),
+            ("stresses", s.stress, s.reference_stress),
         ):
             if np.shape(a) != np.shape(b):
                 raise MMEAError(f"{s.label}: predicted {quantity} have shape {np.shape(a)}, labels {np.shape(b)}")
-    figure, (energy, forces) = make_panels(1, 2, size=(10.0, 5.0), title=title)
+    n_panels = 3 if any(np.size(s.stress) for s in series) else 2
+    figure, panels = make_panels(1, n_panels, size=(5.0 * n_panels, 5.0), title=title)
+    energy, forces = panels[:2]
     labels = np.asarray(series[-1].reference_energy, dtype=float)
     origin = float(labels.mean()) if labels.size else 0.0
     _parity_panel(
@@ -131,6 +137,13 @@ def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | Non
         unit="meV/Å",
         scale=1e3,
     )
+    if n_panels == 3:
+        _parity_panel(
+            panels[2],
+            [(s.label, 1e3 * np.ravel(s.reference_stress), 1e3 * np.ravel(s.stress)) for s in series],
+            "stress component (meV/Å³)",
+            unit="meV/Å³",
+        )
     return save_figure(figure, Path(path))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from matplotlib.image import imread
 
 from conftest import ELEMENTS, crystal, ethanol, network_config, random_network, randomise
 from mmea_calc.adapted import attach
@@ -19,8 +22,9 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig
 from mmea_calc.dataset import Dataset, Labelled
 from mmea_calc.errors import DataError
-from mmea_calc.evaluation import Evaluation, evaluate
+from mmea_calc.evaluation import Evaluation, StressErrors, evaluate
 from mmea_calc.fast_path import use_fast_path
+from mmea_calc.plots import parity
 from mmea_calc.potential import Potential
 
 CONFIG = AdapterConfig(gate_rank=3, low_rank=2)
@@ -169,6 +173,35 @@ def test_energies_alone_are_enough(potential: Potential) -> None:
     assert [series.forces.shape for series in found.parity()] == [(0, 3), (0, 3)]
 
 
+def test_stresses_are_compared_where_structures_have_them(potential: Potential, tmp_path: Path) -> None:
+    dataset, _, _ = labelled(potential)
+    assert evaluate(potential, dataset).backbone.overall.stress == StressErrors(0, None, None)
+    crystals = [i for i, atoms in enumerate(STRUCTURES) if atoms.pbc.all()]
+    errors = {i: 1e-3 * np.random.default_rng(i).standard_normal((3, 3)) for i in crystals}
+    items = list(dataset.structures)
+    for i in crystals:
+        found = potential.predict(potential.collate([potential.graph(STRUCTURES[i])]), stress=True)
+        assert found.stress is not None
+        items[i] = replace(items[i], stress=found.stress[0].double().numpy() - errors[i])
+    dataset = replace(dataset, structures=tuple(items))
+    evaluation = evaluate(potential, dataset, batch_size=2)
+    assert evaluation.adapter is not None
+    components = np.array(list(errors.values()))
+    of_all = evaluation.adapter.overall.stress
+    assert of_all.n_structures == len(crystals) == 1
+    assert of_all.mae_meV_per_A3 == pytest.approx(1e3 * abs(components).mean(), rel=1e-4)
+    assert of_all.rmse_meV_per_A3 == pytest.approx(1e3 * np.sqrt((components**2).mean()), rel=1e-4)
+    assert evaluation.adapter.by_config_type["b"].stress.n_structures == 0
+    assert evaluation.backbone.overall.stress.mae_meV_per_A3 != of_all.mae_meV_per_A3
+    assert summary(evaluation)["adapter"]["by_config_type"]["a"]["stress"]["n_structures"] == 1
+    for series in evaluation.parity():
+        assert series.stress.shape == series.reference_stress.shape == (1, 3, 3)
+    parity(evaluation.parity(), tmp_path / "parity.png")
+    with_stress = imread(tmp_path / "parity.png").shape
+    parity(evaluate(potential, labelled(potential)[0]).parity(), tmp_path / "parity.png")
+    assert with_stress[1] == pytest.approx(1.5 * imread(tmp_path / "parity.png").shape[1], rel=0.02)
+
+
 def test_a_potential_without_adapter_is_evaluated_once(backbone: Backbone) -> None:
     potential = Potential(backbone)
     dataset, energy, _ = labelled(potential)
@@ -184,13 +217,13 @@ def test_a_prediction_that_is_not_a_number_shows_in_the_errors(
     potential: Potential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, _, _ = labelled(potential)
-    original = potential.predict_graphs
+    original = potential.predict
 
-    def broken(graphs: Any, **options: Any) -> Any:
-        energies, forces = original(graphs, **options)
-        return torch.full_like(energies, torch.nan), forces
+    def broken(batch: Any, **options: Any) -> Any:
+        found = original(batch, **options)
+        return replace(found, energy=torch.full_like(found.energy, torch.nan))
 
-    monkeypatch.setattr(potential, "predict_graphs", broken)
+    monkeypatch.setattr(potential, "predict", broken)
     found = evaluate(potential, dataset).backbone.overall.energy
     assert found.mae_meV is not None
     assert np.isnan(found.mae_meV)
