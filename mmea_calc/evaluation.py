@@ -150,7 +150,9 @@ class Evaluation:
     def parity(self) -> list[ParitySeries]:
         """Predictions against labels as `mmea_calc.plots` draws them, the backbone first and the adapter over it.
 
-        Structures without a label are left out.
+        Structures without a label are left out. Where there are several compositions, of two structures each or more,
+        energies are relative to the mean label of theirs: those of unlike molecules are so far apart that no error
+        would be seen.
         """
         from .plots import ParitySeries
 
@@ -160,11 +162,14 @@ class Evaluation:
         stress_rows = [i for i, s in enumerate(structures) if s.stress is not None]
         n_atoms = np.array([len(structures[i].atoms) for i in energy_rows], dtype=float)
         energies = np.array([structures[i].energy for i in energy_rows], dtype=float)
+        made_of = [structures[i].atoms.numbers for i in energy_rows]
+        origin = _means_of_compositions(made_of, energies / n_atoms)
         return [
             ParitySeries(
                 label=model.label,
                 energy=model.energies[energy_rows] / n_atoms,
                 reference_energy=energies / n_atoms,
+                energy_origin=origin,
                 forces=_stack(model.forces[i] for i in force_rows),
                 reference_forces=_stack(structures[i].forces for i in force_rows),
                 stress=model.stresses[stress_rows],
@@ -304,6 +309,19 @@ def _mae_rmse(errors: FloatArray) -> tuple[float | None, float | None]:
     if errors.size == 0:
         return None, None
     return MEV * float(np.abs(errors).mean()), MEV * float(np.sqrt((errors**2).mean()))
+
+
+def _means_of_compositions(numbers: Sequence[NDArray[np.int_]], values: FloatArray) -> FloatArray | None:
+    """For every structure the mean value of those with its composition, (n,); None for one composition or too many."""
+    kinds: dict[bytes, list[int]] = {}
+    for i, z in enumerate(numbers):
+        kinds.setdefault(np.sort(z).astype(int).tobytes(), []).append(i)
+    if len(kinds) < 2 or 2 * len(kinds) > len(values):
+        return None
+    means = np.zeros(len(values))
+    for rows in kinds.values():
+        means[rows] = values[rows].mean()
+    return means
 
 
 def _stack(forces: Iterable[FloatArray | None]) -> FloatArray:

@@ -41,6 +41,8 @@ class ParitySeries:
         reference_energy: labels, (n_structures,), eV/atom.
         forces: predicted force components, any shape, eV/A.
         reference_forces: labels, of the same shape, eV/A.
+        energy_origin: what energies are drawn relative to, (n_structures,), eV/atom: the mean label of structures of
+            one composition. Not given: that of all.
         stress, reference_stress: the same for stress components, any shape, eV/A^3; drawn where there are any.
     """
 
@@ -49,6 +51,7 @@ class ParitySeries:
     reference_energy: np.ndarray
     forces: np.ndarray
     reference_forces: np.ndarray
+    energy_origin: np.ndarray | None = None
     stress: np.ndarray = field(default_factory=lambda: np.zeros(0))
     reference_stress: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
@@ -98,7 +101,7 @@ def learning_curve(
 def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | None = None) -> Path:
     """Draw predictions against labels: energies per atom, force components, and stress components if there are any.
 
-    Energies are relative to the mean of the labels. Axes are equal. When a model is so far off that it would squeeze
+    Energies are relative to `energy_origin`. Axes are equal. When a model is so far off that it would squeeze
     the others into a dot, the axes follow the labels and the last series, and the legend counts what lies outside.
 
     Args:
@@ -120,14 +123,16 @@ def parity(series: Sequence[ParitySeries], path: str | Path, *, title: str | Non
             if np.shape(a) != np.shape(b):
                 raise MMEAError(f"{s.label}: predicted {quantity} have shape {np.shape(a)}, labels {np.shape(b)}")
     n_panels = 3 if any(np.size(s.stress) for s in series) else 2
-    figure, panels = make_panels(1, n_panels, size=(5.0 * n_panels, 5.0), title=title)
+    figure, panels = make_panels(1, n_panels, size=(5.0 * n_panels, 5.3), title=title)
     energy, forces = panels[:2]
     labels = np.asarray(series[-1].reference_energy, dtype=float)
-    origin = float(labels.mean()) if labels.size else 0.0
+    origin, relative_to = np.array(labels.mean() if labels.size else 0.0), "the mean label"
+    if series[-1].energy_origin is not None:
+        origin, relative_to = series[-1].energy_origin, "that composition's mean"
     _parity_panel(
         energy,
         [(s.label, 1e3 * (s.reference_energy - origin), 1e3 * (s.energy - origin)) for s in series],
-        "energy relative to the mean label (meV/atom)",
+        f"energy relative to {relative_to} (meV/atom)",
         unit="meV/atom",
     )
     _parity_panel(

@@ -253,6 +253,22 @@ def test_results_are_plain_values_and_parity_series(potential: Potential) -> Non
         assert difference == pytest.approx(model.overall.forces.mae_meV_per_A)
 
 
+def test_energies_are_drawn_relative_to_those_of_their_composition(potential: Potential) -> None:
+    dataset, _, _ = labelled(potential)
+    known = np.array([s.energy for s in dataset.structures], dtype=float)
+    waters = [i for i, s in enumerate(dataset.structures) if len(s.atoms) == 3]
+    assert waters == [1, 3, 4]
+    (series, _) = evaluate(potential, dataset).parity()
+    assert series.energy_origin is None  # three compositions, five structures
+    items = (*dataset.structures, *dataset.structures)
+    (series, _) = evaluate(potential, replace(dataset, structures=items)).parity()
+    assert series.energy_origin is not None
+    assert series.energy_origin[1] == series.energy_origin[3] == pytest.approx(known[waters].mean() / 3)
+    assert series.energy_origin[0] == pytest.approx(known[0] / len(ethanol()))
+    (series, _) = evaluate(potential, dataset.subset([1, 3, 4])).parity()
+    assert series.energy_origin is None
+
+
 def test_unusable_data_are_refused_before_anything_is_computed(
     potential: Potential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
