@@ -67,11 +67,12 @@ def test_a_few_steps_from_a_backbone_give_another_backbone(whole_run: Path) -> N
     assert made.config["start"] == {"name": "mmea-organic-s", "fingerprint": start.fingerprint}
     assert json.loads(whole_run.with_suffix(".json").read_text(encoding="utf-8")) == made.config
     changes = [
-        float((a - b).abs().max())
+        float((a - b).square().mean().sqrt())
         for a, b in zip(start.network.parameters(), made.network.parameters(), strict=True)
         if a.numel()
     ]
-    assert 0 < max(changes) < 0.01  # four steps of at most 1e-3 each
+    # Four steps of at most 1e-3 in the mean square: turning a step into another basis keeps its length.
+    assert 0 < max(changes) < 0.004
 
 
 def test_the_file_gives_the_errors_that_the_run_has_told(whole_run: Path, few: Path) -> None:
