@@ -44,7 +44,14 @@ def list_cells(task: Task, folder: Path, config: BenchmarkConfig) -> None:
 
     cells = plan(task, folder, config)
     rows = [
-        (c.system.name, c.method.label, str(c.seed), c.training.epochs, c.training.dtype, STATES[c.state()])
+        (
+            c.system.name,
+            c.method.label,
+            str(c.seed),
+            c.training.epochs or "open",
+            c.training.dtype,
+            STATES[c.state()],
+        )
         for c in cells
     ]
     out().print(table(["trained on", "method", "seed", "epochs", "precision", ""], rows))

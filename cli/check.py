@@ -81,10 +81,10 @@ def check(
     }
     from mmea_calc.config import CheckConfig
     from mmea_calc.data import read_dataset
-    from mmea_calc.files import check_place
     from mmea_calc.md import open_potential
+    from mmea_calc.plots import check_picture
 
-    check_place(plot)
+    check_picture(plot)
     config = CheckConfig(**{k: v for k, v in flags.items() if v is not None})
     atoms = _first(start)
     labelled = None if labels is None else read_dataset(labels)

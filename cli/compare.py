@@ -59,6 +59,8 @@ def compare(
     added.
     """
     from mmea_calc.benchmark import PICTURE, describe, draw, own_task, recommend, write_tables
+    from mmea_calc.benchmark.cells import read_results
+    from mmea_calc.benchmark.results_folder import CELLS
     from mmea_calc.config import COMPARE_SEEDS, TrainConfig
     from mmea_calc.data import read_dataset
 
@@ -83,7 +85,10 @@ def compare(
     table = write_tables(task, output, config)
     draw(table, output / PICTURE)
     show_table(table, describe(task, config, results))
-    choice = recommend(results, tolerance=config.tolerance)
+    # Of all that the table shows: earlier calls, and other processes, have put their part into the folder.
+    kept = read_results(output / CELLS)
+    cells = {(r.system, r.method, r.seed): r for r in (*results, *kept)}
+    choice = recommend(cells.values(), tolerance=config.tolerance)
     verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
     write_tables(task, output, config, remark=verdict)
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")

@@ -33,11 +33,11 @@ def evaluate(
 ) -> None:
     """Errors of energies, forces and stresses: overall, by config_type and element, adapter beside bare backbone."""
     from mmea_calc.data import read_dataset
-    from mmea_calc.files import check_place
+    from mmea_calc.plots import check_picture
 
     from .console import print_json
 
-    check_place(plot)
+    check_picture(plot)
     dataset = read_dataset(test, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
     potential = _potential(adapter, backbone, device, dtype)
     evaluation = _evaluate(potential, dataset, batch_size)
@@ -56,17 +56,11 @@ def evaluate(
 def _potential(file: Path, backbone: str | None, device: str | None, dtype: Precision | None) -> Potential:
     """The adapter on its backbone. Options that were not given keep the defaults of training."""
     from mmea_calc.adapter_file import read_adapter
-    from mmea_calc.backbone import load_backbone
     from mmea_calc.config import TrainConfig
     from mmea_calc.potential import Potential
 
     content, defaults = read_adapter(file), TrainConfig()
-    loaded = load_backbone(
-        backbone or content.backbone,
-        head=content.head,
-        device=device or defaults.device,
-        dtype=dtype or defaults.dtype,
-    )
+    loaded = content.load_backbone(backbone, device=device or defaults.device, dtype=dtype or defaults.dtype)
     potential = Potential(loaded)
     potential.use(content)
     return potential

@@ -49,7 +49,9 @@ def _rows(adapter: AdapterFile, file: Path) -> Iterator[tuple[str, Any]]:
     for name in ("train", "valid"):
         if isinstance(used := adapter.data.get(name), Mapping):
             yield f"{name} data", _data(used)
-    yield "training", _words({k: v for k, v in adapter.training.items() if k != "auto"})
+    yield "training", _words({k: v for k, v in adapter.training.items() if k not in ("auto", "init")})
+    if isinstance(start := adapter.training.get("init"), Mapping):
+        yield "started from", f"adapter {start.get('name')}"
     if isinstance(decision := adapter.training.get("auto"), Mapping):
         yield "method auto", decision.get("why")
     yield from _errors(adapter.metrics)
@@ -74,7 +76,7 @@ def _marks(adapter: AdapterFile) -> Iterator[tuple[str, str]]:
 
 def _errors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """One row per data set and model."""
-    names = {"zero_shot": "backbone alone", "fine_tuned": "fine-tuned"}
+    names = {"zero_shot": "backbone alone", "initial": "adapter at the start", "fine_tuned": "fine-tuned"}
     sets = dict.fromkeys(s for k in names for s in (metrics.get(k) or {}))
     for data in sets:
         for key, label in names.items():

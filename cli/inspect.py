@@ -37,16 +37,15 @@ def inspect(
 ) -> None:
     """Draw what an adapter does: the weights that it changes, by order and path; gains and shifts of its gates."""
     from mmea_calc.adapter_file import read_adapter
-    from mmea_calc.backbone import load_backbone
-    from mmea_calc.files import check_place
     from mmea_calc.inspection import inspect as look
     from mmea_calc.inspection_picture import draw
+    from mmea_calc.plots import check_picture
     from mmea_calc.potential import Potential
 
     from .console import print_json
 
     place = output or file.with_suffix(".inspect.png")
-    check_place(place)
+    check_picture(place)
     content = read_adapter(file)
     structures: list[Atoms] = []
     if data is not None:
@@ -55,7 +54,7 @@ def inspect(
         frames = read_frames(data)
         taken = min(len(frames), max_structures)
         structures = [frames[i * len(frames) // taken] for i in range(taken)]
-    potential = Potential(load_backbone(backbone or content.backbone, head=content.head, device=device))
+    potential = Potential(content.load_backbone(backbone, device=device))
     potential.use(content)
     inspection = look(potential, structures)
     picture = draw(inspection, place, title=f"{file.name}, method {inspection.method}")

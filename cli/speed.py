@@ -43,10 +43,12 @@ def speed(
 
     from mmea_calc.benchmark.speed import SpeedConfig, measure_speed
     from mmea_calc.files import check_place, write_text
+    from mmea_calc.plots import check_picture
 
     from .console import out, say, table
 
-    check_place(output, plot)
+    check_place(output)
+    check_picture(plot)
     config = SpeedConfig(
         backbone=backbone,
         adapter=adapter,

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, load_backbone
 from .config import AdapterConfig, from_dict, to_dict
-from .errors import AdapterFileError
+from .errors import AdapterFileError, BackboneError
 from .files import json_ready, replacing
 
 FORMAT = "mmea adapter"
@@ -86,6 +86,27 @@ class AdapterFile:
     def n_parameters(self) -> int:
         """Number of trained entries."""
         return sum(t.numel() for name, t in self.tensors.items() if not name.startswith("ranges."))
+
+    def load_backbone(self, given: str | Path | None = None, *, head: str | None = None, **how: Any) -> Backbone:
+        """The backbone that this adapter names, or the one that is given for it.
+
+        Args:
+            given: name or path.
+            head: the adapter's where not given.
+            how: as `mmea_calc.backbone.load_backbone` takes it.
+
+        Raises:
+            BackboneError: it cannot be found or read.
+        """
+        if given is not None:
+            return load_backbone(given, head=head or self.head, **how)
+        try:
+            return load_backbone(self.backbone, head=head or self.head, **how)
+        except BackboneError as problem:
+            raise BackboneError(
+                f"{self.path or 'this adapter'} was made for backbone {self.backbone!r}, which is not found by that "
+                f"name ({problem}): give its file, with --backbone on the command line, with backbone=... in Python"
+            ) from problem
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise an AdapterFileError unless this adapter was made for `backbone` and its head."""

@@ -424,13 +424,7 @@ def _backbone(
     how: dict[str, Any] = dict(head=head, device=device, dtype=dtype or "float32", fast=fast, kernels=kernels)
     if wanted is not None or adapter is None:
         return load_backbone(wanted or DEFAULT_BACKBONE, **how)
-    try:
-        return load_backbone(adapter.backbone, **how)
-    except BackboneError as problem:
-        raise BackboneError(
-            f"{adapter.path or 'this adapter'} was made for backbone {adapter.backbone!r}, which is not found by that "
-            f"name ({problem}): give its file with backbone=..."
-        ) from problem
+    return adapter.load_backbone(**how)
 
 
 def _reference(backbone: Backbone) -> str:

@@ -30,6 +30,10 @@ class TrainingError(MMEAError):
     """Training cannot start, or had to stop."""
 
 
+class CheckpointError(TrainingError):
+    """The checkpoint of a training cannot be read, or is of another one."""
+
+
 class DynamicsError(MMEAError):
     """A run of molecular dynamics cannot start, go on, or be resumed."""
 

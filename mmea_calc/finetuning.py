@@ -145,7 +145,7 @@ def finetuning(
     potential = Potential(backbone)
     samples = Samples(train, potential), Samples(valid, potential)
     decision = None
-    if adapter.method == AUTO and start is None:
+    if adapter.method == AUTO:
         asked = training
         training, decision = team.from_first(lambda: decide(potential, samples[0], asked))
     training = training.for_structures(len(train))

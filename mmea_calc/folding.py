@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adapter_file import AdapterFile, read_adapter
-from .backbone import Backbone, load_backbone, save_backbone
+from .backbone import Backbone, save_backbone
 from .config import Precision
 from .errors import AdapterError, BackboneError
 from .fast_path import remove_fast_path
@@ -70,7 +70,7 @@ def fold(
     if not destination.parent.is_dir():
         raise BackboneError(f"there is no folder {destination.parent}; make it first, or choose another place")
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    loaded = load_backbone(backbone or file.backbone, head=file.head, dtype=dtype)
+    loaded = file.load_backbone(backbone, dtype=dtype)
     potential = Potential(loaded)
     potential.use(file)
     _check_foldable(potential, file)
@@ -92,10 +92,11 @@ def _check_foldable(potential: Potential, file: AdapterFile) -> None:
     if handle.foldable:
         return
     method = file.config.method
+    dynamics = " and `mmea md`" if handle.equivariant else ""
     part = f"{len(handle.on_linears)} {next(iter(handle.on_linears.values())).family}"
     raise AdapterError(
         f"an adapter of method {method!r} cannot become a plain model: its {part} depend on the features of each atom, "
-        "so no change of weights does the same. Use it in MMEACalculator and `mmea md`, which fold by themselves "
+        f"so no change of weights does the same. Use it in MMEACalculator{dynamics}, which folds by itself "
         "whatever can be folded; or train with a method that changes weights alone, such as elora or full"
     )
 

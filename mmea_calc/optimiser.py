@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .errors import TrainingError
+from .errors import CheckpointError, TrainingError
 from .soap import SOAP
 from .updates import ParameterGroup
 
@@ -162,11 +162,11 @@ class Optimiser:
         return {"torch": self.torch.state_dict(), "averages": self._averages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises TrainingError for that of another optimiser."""
+        """The inverse of `state_dict`. Raises CheckpointError for that of another optimiser."""
         try:
             self.torch.load_state_dict(state["torch"])
         except (ValueError, KeyError) as problem:
-            raise TrainingError(
+            raise CheckpointError(
                 f"the checkpoint holds the state of another optimiser ({problem}), perhaps of an older version "
                 "of mmea: start without --resume"
             ) from problem

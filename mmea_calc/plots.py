@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import MMEAError
-from .files import replacing
+from .files import check_place, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8A8A"
 # The palette goes on, for many series.
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "black", "#8A6D3B", "#6A3D9A", "#B2DF8A")
 DPI = 150
+PICTURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 # Beyond this many points a scatter is drawn with small, faint marks.
 CROWDED = 5000
 
@@ -341,8 +342,18 @@ def finish_panel(axes: Axes, x: str, y: str, legend: bool = True) -> None:
         axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
 
 
+def check_picture(path: Path | None) -> None:
+    """Raise an MMEAError for a name that no picture can have, and an OSError for a place that cannot be written."""
+    if path is None:
+        return
+    if path.suffix and path.suffix.lower() not in PICTURES:
+        raise MMEAError(f"{path} is no name for a picture: expected one that ends in {', '.join(PICTURES)}")
+    check_place(path)
+
+
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write the figure under a temporary name and rename it, so that a picture is whole or absent."""
+    check_picture(path)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png")
+        figure.savefig(temporary, format=path.suffix.lower().lstrip(".") or "png")
     return path

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adapted import Adapter
 from .compiled_training import CompiledGradient
 from .config import TrainConfig, to_dict
-from .errors import CompilationError, TrainingError
+from .errors import CheckpointError, CompilationError, TrainingError
 from .files import replacing
 from .loss import LabelCounts, Loss, LossWeights
 from .optimiser import Optimiser
@@ -340,7 +340,7 @@ class Trainer:
         """Take up the state of the checkpoint; False if there is none.
 
         Raises:
-            TrainingError: it cannot be read, or belongs to another run.
+            CheckpointError: it cannot be read, or belongs to another run.
         """
         path = self.checkpoint
         content = self.team.from_first(lambda: path.read_bytes() if path is not None and path.exists() else None)
@@ -351,15 +351,15 @@ class Trainer:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             identity = state["identity"]
         except Exception as problem:
-            raise TrainingError(
+            raise CheckpointError(
                 f"{self.checkpoint} cannot be read ({type(problem).__name__}); start without --resume"
             ) from problem
         if differing := sorted(k for k, v in self.identity().items() if identity.get(k) != v):
             was = ", ".join(f"{k} was {identity.get(k)!r}, is {self.identity()[k]!r}" for k in differing)
-            raise TrainingError(f"{self.checkpoint} belongs to another run: {was}. Start without --resume")
+            raise CheckpointError(f"{self.checkpoint} belongs to another run: {was}. Start without --resume")
+        self.optimiser.load_state_dict(state["optimiser"])
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, state["parameters"])
-        self.optimiser.load_state_dict(state["optimiser"])
         self.plateau.load_state_dict(state["plateau"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.log = state["log"]

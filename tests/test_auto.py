@@ -82,6 +82,18 @@ def test_the_decision_and_its_reason_stand_in_the_file(tmp_path: Path, monkeypat
         assert header["auto"]["gap"] == pytest.approx(abs(1 - 1 / factor), rel=1e-6)
         assert header["auto"]["why"] in told
         assert (result.run_dir / "replay.npz").exists() == bool(replay)
+    # The same where an adapter is the start: it is the backbone that is near or far.
+    finetune(
+        off_by(tmp_path, 1.1),
+        tmp_path / "b.adapter",
+        backbone=tiny_backbone(),
+        adapter=config,
+        init=tmp_path / "a.adapter",
+        training=replace(QUICK, epochs=1, valid_fraction=0.34),
+    )
+    again = read_adapter(tmp_path / "b.adapter").training
+    assert again["auto"]["replay"] == again["replay"] == REPLAY
+    assert again["init"]["name"] == "a.adapter"
 
 
 def test_with_replay_training_takes_more_steps() -> None:

@@ -151,6 +151,33 @@ def test_an_interrupted_cell_goes_on_to_the_same_bits_and_finished_ones_are_kept
     assert not list((tmp_path / "parts").rglob("checkpoint.pt"))
 
 
+@pytest.mark.parametrize("damage", ["nothing to read", "another run"])
+def test_a_checkpoint_that_is_of_no_use_does_not_stop_its_cell(task: Task, tmp_path: Path, damage: str) -> None:
+    config = replace(CONFIG, methods=("readout",), epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(task, tmp_path / "R", config, progress=Trained(stop_in="readout", at_epoch=2))
+    (checkpoint,) = (tmp_path / "R").rglob("checkpoint.pt")
+    if damage == "nothing to read":
+        checkpoint.write_bytes(b"bad")
+    else:
+        content = torch.load(checkpoint, weights_only=True)
+        content["identity"]["training data"] = "f" * 64
+        torch.save(content, checkpoint)
+    (result,) = run(task, tmp_path / "R", config)
+    assert result.finished
+    assert not checkpoint.exists()
+
+
+def test_auto_is_left_its_number_of_epochs_until_it_knows_whether_it_replays(task: Task, tmp_path: Path) -> None:
+    methods = ("mmea", "auto", "auto:replay=0", "auto:replay=10", "auto:epochs=7")
+    cells = plan(task, tmp_path / "R", replace(CONFIG, methods=methods, epochs=None))
+    epochs = {cell.method.label: cell.training.epochs for cell in cells}
+    assert epochs["auto"] == 0
+    assert epochs["auto:replay=0"] == epochs["mmea"] > 20
+    assert epochs["auto:replay=10"] > 5 * epochs["mmea"]
+    assert epochs["auto:epochs=7"] == 7
+
+
 def test_the_seed_draws_the_split_and_is_the_same_for_all_methods(data: Path, tmp_path: Path) -> None:
     cells = plan(published_task("rmd17", data), tmp_path / "R", replace(CONFIG, seeds=(1, 2)))
     assert len(cells) == 2 * 2 * 2

@@ -182,6 +182,10 @@ def test_a_comparison_ends_in_one_recommendation_with_its_figures(data: Path) ->
     again = mmea(*arguments)
     assert again.output.count(", kept\n") == 4
     assert recommended[0] in again.output
+    # One of the methods alone, all of whose trainings are there: the folder's table is what is judged.
+    alone = mmea(*arguments[: arguments.index("--methods")], "--methods", "full", "--seeds", 1, 2)
+    assert recommended[0] in alone.output
+    assert recommended[0] in Path("C/results.md").read_text()
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -393,6 +393,9 @@ def test_threads_are_those_asked_for() -> None:
 
 def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_computed(adapter: Path, tmp_path: Path) -> None:
     absent = tmp_path / "nowhere"
+    wrong = mmea("evaluate", adapter, adapter.parent / "train.xyz", "--plot", tmp_path / "p.txt")
+    assert wrong.exit_code == 1
+    assert "p.txt is no name for a picture: expected one that ends in .png" in wrong.stderr
     result = mmea("evaluate", adapter, adapter.parent / "train.xyz", "--plot", absent / "p.png")
     assert (result.exit_code, result.stdout) == (1, "")
     assert f"{absent}: no such file or directory" in result.stderr

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ..auto import AUTO
 from ..backbone import Backbone, load_backbone
 from ..config import BenchmarkConfig, Precision
 from ..errors import TrainingError
@@ -74,7 +75,10 @@ def plan(task: Task, folder: str | Path, config: BenchmarkConfig) -> list[Cell]:
             n_train = len(system.split(fraction, seed)[0])
             for method in methods:
                 adapter, training = method.seeded(seed)
-                training = replace(training, valid_fraction=fraction).for_structures(n_train)
+                training = replace(training, valid_fraction=fraction)
+                # "auto" takes more steps where it decides to replay, which it does once it has seen the data.
+                if adapter.method != AUTO or training.replay is not None:
+                    training = training.for_structures(n_train)
                 cells.append(Cell(system, method, seed, adapter, training, folder / CELLS))
     for cell in cells:
         cell.state()

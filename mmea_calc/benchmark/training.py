@@ -14,7 +14,7 @@ from ..adapter_file import read_adapter
 from ..backbone import Backbone
 from ..config import BenchmarkConfig, to_dict
 from ..dataset import Dataset
-from ..errors import MMEAError
+from ..errors import CheckpointError, MMEAError
 from ..evaluation import evaluate
 from ..finetuning import finetune
 from ..potential import Potential
@@ -59,7 +59,11 @@ def attempt(
             errors = _measure(cell, backbone, _unmeasured(cell, before))[0]
             result = replace(before, errors={**before.errors, **errors})
         else:
-            result = _train(cell, blank, task, config, backbone, report, progress)
+            try:
+                result = _train(cell, blank, task, config, backbone, report, progress)
+            except CheckpointError:  # of another version, or damaged: nobody needs it
+                cell.checkpoint.unlink()
+                result = _train(cell, blank, task, config, backbone, report, progress)
     except (MMEAError, torch.cuda.OutOfMemoryError) as problem:
         result = replace(blank, reason=" ".join(str(problem).split()))
     write_result(cell.json, result)

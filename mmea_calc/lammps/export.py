@@ -94,9 +94,10 @@ def export_mliap(
         )
     if file is None and backbone is not None:
         raise EngineError(f"{adapter} is taken for a backbone itself: leave out backbone={str(backbone)!r}")
-    name = str(adapter) if file is None else file.backbone
-    loaded = load_backbone(backbone or name, head=head or (None if file is None else file.head), dtype=dtype)
-    if file is not None:
+    if file is None:
+        loaded = load_backbone(str(adapter), head=head, dtype=dtype)
+    else:
+        loaded = file.load_backbone(backbone, head=head, dtype=dtype)
         file.check_backbone(loaded)
     potential = restore(_contents(loaded, file, dtype))
     _write(potential, destination)

@@ -45,9 +45,7 @@ def open_potential(
     if not is_adapter(adapter):
         return Potential(load_backbone(adapter, head=head, device=device, dtype=dtype, kernels=kernels))
     file = read_adapter(adapter)
-    loaded = load_backbone(
-        backbone or file.backbone, head=head or file.head, device=device, dtype=dtype, kernels=kernels
-    )
+    loaded = file.load_backbone(backbone, head=head, device=device, dtype=dtype, kernels=kernels)
     potential = Potential(loaded)
     potential.use(file)
     return potential
