@@ -20,6 +20,8 @@ from mmea_calc.adapter_file import read_adapter
 from mmea_calc.backbone import Backbone
 from mmea_calc.benchmark import BenchmarkEvent, plan, published_task, run, runner, training
 from mmea_calc.benchmark.cells import CellResult, read_results
+from mmea_calc.benchmark.method_spec import parse_methods
+from mmea_calc.benchmark.results_folder import reference_energies_of
 from mmea_calc.benchmark.tasks import VALID, Task
 from mmea_calc.config import DEFAULT_BACKBONE, BenchmarkConfig
 from mmea_calc.data import read_dataset
@@ -393,6 +395,10 @@ def test_the_published_recipe_fits_reference_energies_where_there_are_no_isolate
         assert runner.shared_settings(task, paper)["E0s"] == expected
         assert runner.shared_settings(task, BenchmarkConfig())["E0s"] is None
         assert runner.shared_settings(task, replace(paper, E0s="estimated"))["E0s"] == "estimated"
+        # of one method among others
+        (own, plain) = parse_methods(BenchmarkConfig(methods=("mmea:recipe=paper", "mmea")))
+        assert reference_energies_of(task, BenchmarkConfig(), own.recipe) == expected
+        assert reference_energies_of(task, BenchmarkConfig(), plain.recipe) is None
 
 
 @pytest.mark.shared

@@ -72,6 +72,15 @@ def test_means_and_standard_deviations_are_those_over_seeds() -> None:
     assert (row.finished, row.failed) == (3, 0)
 
 
+def test_a_method_that_breaks_equivariance_is_marked() -> None:
+    result = table(cell("mmea", 1), cell("bottleneck:gate_rank=4", 1, 0.5, 0.5))
+    assert {row.label: row.method for row in result.rows if row.kind == "method"} == {
+        "mmea": "mmea",
+        "bottleneck:gate_rank=4 (not equivariant)": "bottleneck:gate_rank=4",
+    }
+    assert ("bottleneck:gate_rank=4 (not equivariant)", ASPIRIN, "forces") in result.best
+
+
 def test_rmse_is_shown_where_the_published_table_shows_it() -> None:
     result = table(cell("mmea", 1, 2.0, 4.0, system="300K", test="600 K"), benchmark="acac", measure="rmse")
     entry = result.rows[1].entries[Column("300K", "600 K")]

@@ -642,7 +642,7 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(BackboneError, match="no backbone is called"):
         MMEACalculator(backbone="nothing-like-it")
     lost = adapter_for(small_backbone())
-    with pytest.raises(BackboneError, match="give its file with backbone="):
+    with pytest.raises(BackboneError, match=r"give its file, with --backbone on the command line, with backbone="):
         MMEACalculator(lost)
     with pytest.raises(TypeError):
         MMEACalculator(backbone=small_backbone(), temperature_K=300)  # type: ignore[call-arg]

@@ -251,6 +251,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
 
 def test_the_method_has_recipes_of_low_and_high_sparsity() -> None:
     low, high = TrainConfig(**recipe_for("sparse")), TrainConfig(**recipe_for("sparse", "sparse-H"))
+    assert recipe_for("sparse", "sparse-L") == recipe_for("sparse")
     assert (low.tau_weight_decay, high.tau_weight_decay) == (0.01, 0.3)
     assert replace(high, tau_weight_decay=0.01) == low
     assert (low.optimizer, low.batch_size, low.weight_decay, low.lr) == ("schedulefree", 10, 1e-8, 1e-2)

@@ -23,11 +23,13 @@ class MethodSpec:
     Attributes:
         label: the shortest text that gives the same settings; names the method in tables and files.
         adapter, training: settings of it, but for seed and device.
+        recipe: which recipe they come from; None: the method's own.
     """
 
     label: str
     adapter: AdapterConfig
     training: TrainConfig
+    recipe: str | None = None
 
     def seeded(self, seed: int) -> tuple[AdapterConfig, TrainConfig]:
         """The settings of one training."""
@@ -62,7 +64,7 @@ def parse_method(text: str, config: BenchmarkConfig) -> MethodSpec:
     for before, now in zip(_settings(name, recipe or config.recipe, config, {}), (adapter, training), strict=True):
         own = [key for key in named if hasattr(now, key)]
         words += [f"{key}={_text(getattr(now, key))}" for key in own if getattr(now, key) != getattr(before, key)]
-    return MethodSpec(f"{name}:{','.join(words)}" if words else name, adapter, training)
+    return MethodSpec(f"{name}:{','.join(words)}" if words else name, adapter, training, recipe or config.recipe)
 
 
 def _named_fields(rest: str, text: str) -> dict[str, Any]:

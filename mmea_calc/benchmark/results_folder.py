@@ -42,9 +42,9 @@ def shared_settings(task: Task, config: BenchmarkConfig, backbone: Backbone | No
     return settings if backbone is None else {**settings, "fingerprint": backbone.fingerprint}
 
 
-def reference_energies_of(task: Task, config: BenchmarkConfig) -> str | None:
-    """As `finetune` takes them; the published recipe has its own where the data have no isolated atoms."""
-    if config.E0s is None and config.recipe == "paper":
+def reference_energies_of(task: Task, config: BenchmarkConfig, recipe: str | None = None) -> str | None:
+    """As `finetune` takes them; the published recipe, of all methods or of one, has its own without isolated atoms."""
+    if config.E0s is None and "paper" in (recipe, config.recipe):
         return task.paper_E0s
     return config.E0s
 

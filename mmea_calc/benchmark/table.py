@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..methods import METHODS
 from .cells import CellResult, Measured
 from .published import Pair, published
 from .tasks import LAYOUTS, VALID, Measure
@@ -215,8 +216,9 @@ def _method(method: str, results: Sequence[CellResult], columns: Sequence[Column
     def statistic(values: Sequence[float]) -> Statistic | None:
         return Statistic.of(values) if values else None
 
+    equivariant = METHODS[method.partition(":")[0]].equivariant
     return Row(
-        method,
+        method if equivariant else f"{method} (not equivariant)",
         "method",
         method,
         entries,

@@ -103,7 +103,7 @@ def _train(
         backbone=backbone,
         adapter=cell.adapter_config,
         training=cell.training,
-        E0s=reference_energies_of(task, config),
+        E0s=reference_energies_of(task, config, cell.method.recipe),
         level_of_theory=task.level_of_theory,
         report=report,
         run_dir=cell.run_dir,
