@@ -28,7 +28,7 @@ from .errors import AdapterError, TrainingError
 from .evaluation import Evaluation, GroupErrors, evaluate
 from .files import alone_in
 from .finetune_checks import check_settings, check_writable
-from .methods import differing_form
+from .methods import differing_form, unused_settings
 from .parallel import merge_ranges, total_energies
 from .potential import Potential
 from .preflight import PreflightReport, preflight
@@ -257,6 +257,9 @@ class _Run:
         for text in (self.energies.note, *self.energies.warnings, self.decision.why if self.decision else ""):
             if text:
                 progress(ProgressEvent(message=text))
+        if unused := unused_settings(self.handle.config):
+            text = f"method {self.handle.config.method} has no use for {', '.join(unused)}: this changes nothing"
+            progress(ProgressEvent(message=text))
         if not self.handle.equivariant:
             progress(ProgressEvent(message=NOT_EQUIVARIANT.format(self.handle.config.method)))
         if self.handle.skipped:

@@ -167,6 +167,8 @@ class Method:
     equivariant: bool = True
 
 
+_OF_GATES = ("gate_rank", "phi", "nonlinearity", "separate_bottlenecks", "shift", "gains", "init_std")
+
 # What MMEA and ELoRA share: everything that is no o3.Linear (arXiv 2511.06696).
 _BESIDE_LINEARS: dict[str, UpdateFactory] = {
     "tensor_product": low_rank,
@@ -211,6 +213,15 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise AdapterError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def unused_settings(config: AdapterConfig) -> list[str]:
+    """Settings that were changed and that the method does nothing with."""
+    method, default = method_named(config.method), AdapterConfig()
+    used = set(_OF_GATES) if method.gates is _GATES else {"gate_rank"} if method.gates else set()
+    used |= {"low_rank", "alpha"} if low_rank in method.updates.values() else set()
+    changed = (f for f in (*_OF_GATES, "low_rank", "alpha") if getattr(config, f) != getattr(default, f))
+    return [name for name in changed if name not in used]
 
 
 def linear_layers(network: nn.Module) -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ from mmea_calc.benchmark.results_folder import reference_energies_of
 from mmea_calc.benchmark.tasks import VALID, Task
 from mmea_calc.config import DEFAULT_BACKBONE, BenchmarkConfig
 from mmea_calc.data import read_dataset
-from mmea_calc.errors import DataError, MMEAError, TrainingError
+from mmea_calc.errors import AdapterError, DataError, MMEAError, TrainingError
 from mmea_calc.evaluation import evaluate
 from mmea_calc.potential import Potential
 
@@ -151,6 +151,19 @@ def test_an_interrupted_cell_goes_on_to_the_same_bits_and_finished_ones_are_kept
     assert whole.tensors.keys() == parts.tensors.keys()
     assert all(torch.equal(whole.tensors[k], parts.tensors[k]) for k in whole.tensors)
     assert not list((tmp_path / "parts").rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "unused"), [("elora:gate_rank=4,shift=false", "gate_rank, shift"), ("gates:low_rank=4", "low_rank"),
+                         ("full:alpha=2", "alpha"), ("bottleneck:gains=order", "gains")],
+)  # fmt: skip
+def test_settings_that_a_method_does_nothing_with_are_refused(
+    task: Task, tmp_path: Path, text: str, unused: str
+) -> None:
+    with pytest.raises(AdapterError, match=f"has no use for {unused}; leave it out"):
+        plan(task, tmp_path / "R", replace(CONFIG, methods=("mmea", text)))
+    used = ("mmea:gate_rank=4,shift=false,low_rank=4", "elora:alpha=2", "bottleneck:gate_rank=4", "gates:gains=order")
+    assert len(plan(task, tmp_path / "R", replace(CONFIG, methods=used))) == 4 * len(task.systems)
 
 
 @pytest.mark.parametrize("damage", ["nothing to read", "another run"])

@@ -476,6 +476,20 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
     assert not (run / ".lock").exists()
 
 
+def test_settings_of_no_use_to_the_method_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "train.xyz", labelled(6), format="extxyz")
+    told: list[str] = []
+    for method in ("elora", "mmea"):
+        finetune(
+            read_dataset(tmp_path / "train.xyz"), tmp_path / "a.adapter", backbone=tiny_backbone(),
+            adapter=replace(SMALL, method=method, gains="order"), training=replace(QUICK, epochs=1),
+            progress=lambda event: told.append(event.message),
+        )  # fmt: skip
+    assert [text for text in told if "has no use for" in text] == [
+        "method elora has no use for gate_rank, gains: this changes nothing"
+    ]
+
+
 def test_stresses_that_are_not_trained_are_told(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     structures = [replace(s, stress=np.zeros((3, 3))) for s in data.structures]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import AdapterConfig, BenchmarkConfig, TrainConfig, fields_of, setting_types
 from ..errors import AdapterError
-from ..methods import method_named
+from ..methods import method_named, unused_settings
 from ..recipes import RECIPES, recipe_for
 from ..setting_values import from_text
 
@@ -60,6 +60,8 @@ def parse_method(text: str, config: BenchmarkConfig) -> MethodSpec:
         if wanted is not None and wanted not in RECIPES:
             raise AdapterError(f"unknown recipe {wanted!r}; expected one of {', '.join(RECIPES)}")
     adapter, training = _settings(name, recipe or config.recipe, config, named)
+    if unused := sorted(set(unused_settings(adapter)) & named.keys()):
+        raise AdapterError(f"{text!r}: method {name} has no use for {', '.join(unused)}; leave it out")
     words = [f"recipe={recipe}"] if recipe not in (None, config.recipe) else []
     for before, now in zip(_settings(name, recipe or config.recipe, config, {}), (adapter, training), strict=True):
         own = [key for key in named if hasattr(now, key)]
