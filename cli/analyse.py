@@ -52,7 +52,7 @@ def _print(result: Analysis) -> None:
             with_error(row.temperature_K, row.temperature_error_K),
             with_error(row.potential_eV, row.potential_error_eV),
             with_error(row.drift_meV_per_atom_ps, row.drift_error_meV_per_atom_ps),
-            row.events or ("" if row.converged else "too short: errors are lower bounds"),
+            row.remark,
         )
         for row in result.rows
     ]

@@ -122,7 +122,9 @@ def finetune(
     recipe: Annotated[
         str | None, typer.Option(help="Named settings to start from: paper, ...", rich_help_panel=TRAINING)
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", rich_help_panel=TRAINING)] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training set.", min=1, rich_help_panel=TRAINING)
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.", rich_help_panel=TRAINING)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step.", rich_help_panel=TRAINING)] = None,
     replay: Annotated[

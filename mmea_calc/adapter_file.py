@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .backbone import Backbone, load_backbone
 from .config import AdapterConfig, from_dict, to_dict
-from .errors import AdapterFileError, BackboneError
+from .errors import AdapterFileError, BackboneNotFoundError
 from .files import json_ready, replacing
 
 FORMAT = "mmea adapter"
@@ -102,8 +102,8 @@ class AdapterFile:
             return load_backbone(given, head=head or self.head, **how)
         try:
             return load_backbone(self.backbone, head=head or self.head, **how)
-        except BackboneError as problem:
-            raise BackboneError(
+        except BackboneNotFoundError as problem:
+            raise BackboneNotFoundError(
                 f"{self.path or 'this adapter'} was made for backbone {self.backbone!r}, which is not found by that "
                 f"name ({problem}): give its file, with --backbone on the command line, with backbone=... in Python"
             ) from problem

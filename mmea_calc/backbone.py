@@ -26,7 +26,7 @@ from .backbone_file import (
     write_safetensors,
 )
 from .config import DEFAULT_BACKBONE, Kernels, Precision
-from .errors import BackboneError
+from .errors import BackboneError, BackboneNotFoundError
 from .mace_names import PUBLISHED, fetch, locate
 from .mace_networks import accept_neutral_graphs, mark_untrained, repeat_to_the_bit
 
@@ -309,11 +309,13 @@ def _existing(text: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".model", ".safetensors", ".pt", ".pth", ".json") or "/" in text or path.is_dir():
-        raise BackboneError(f"there is no file {path}; expected a .model or .safetensors file, or a backbone's name")
+        raise BackboneNotFoundError(
+            f"there is no file {path}; expected a .model or .safetensors file, or a backbone's name"
+        )
     known = [*EMBEDDED, *PUBLISHED]
     close = difflib.get_close_matches(text.lower(), known, n=4, cutoff=0.4)
     hint = f"did you mean {', '.join(close)}?" if close else f"embedded: {', '.join(EMBEDDED)};"
-    raise BackboneError(f"no backbone is called {text!r}; {hint} `mmea backbone list` shows all")
+    raise BackboneNotFoundError(f"no backbone is called {text!r}; {hint} `mmea backbone list` shows all")
 
 
 def _from_path(path: Path, head: str | None) -> Backbone:

@@ -22,6 +22,10 @@ class BackboneError(MMEAError):
     """A backbone is unknown, cannot be read, or lacks what was asked for."""
 
 
+class BackboneNotFoundError(BackboneError):
+    """There is no file and no known backbone of a name."""
+
+
 class DataError(MMEAError):
     """Structures or labels cannot be used."""
 

@@ -214,7 +214,7 @@ HEADINGS = (
 def _table(found: Sequence[ReplicaRow]) -> str:
     lines = ["<tr>" + "".join(f"<th>{h}</th>" for h in HEADINGS) + "</tr>\n"]
     for row in found:
-        remark = html.escape(row.events) or ("" if row.converged else "too short: errors are lower bounds")
+        remark = html.escape(row.remark)
         cells = (
             html.escape(row.replica),
             f"{row.length_ps:g}",

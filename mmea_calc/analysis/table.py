@@ -41,6 +41,11 @@ class ReplicaRow:
     converged: bool
     events: str = ""
 
+    @property
+    def remark(self) -> str:
+        """What a reader must know of the figures: events, and whether the errors are lower bounds."""
+        return "; ".join(filter(None, [self.events, "" if self.converged else "too short: errors are lower bounds"]))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values; numbers that are not there are None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}

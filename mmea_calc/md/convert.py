@@ -35,7 +35,12 @@ def convert_trajectory(
     if unknown := sorted(set(replicas or ()) - set(names)):
         raise TrajectoryError(f"{source} has no replica {unknown[0]!r}; it has {', '.join(names)}")
     names = list(replicas or names)
-    style = "extxyz" if destination.suffix == ".xyz" else filetype(str(destination), read=False)
+    if destination.is_dir():
+        raise TrajectoryError(f"{destination} is a folder; give the name of a file, such as {destination.name}.xyz")
+    try:
+        style = "extxyz" if destination.suffix == ".xyz" else filetype(str(destination), read=False)
+    except UnknownFileTypeError as problem:
+        raise TrajectoryError(f"{destination}: no format of ASE has this ending; try .xyz or .traj") from problem
     temporary = destination.with_name(f".part-{destination.name}")  # its ending says some writers what to write
     count = 0
     try:

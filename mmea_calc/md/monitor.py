@@ -204,8 +204,9 @@ class Monitor:
         bound = float(self._bounds[code - 1, i])
         return {
             NOT_FINITE: "energy, forces or velocities are not finite",
-            TOO_HOT: f"the temperature reached {value:.0f} K, bound {bound:.0f} K",
-            FORCE_TOO_LARGE: f"the force on an atom reached {value:.0f} eV/A, bound {bound:g} eV/A",
+            TOO_HOT: f"the temperature reached {value:.4g} K, bound {bound:.4g} K; a strained start can be relaxed "
+            "first (--minimize), and the bound is --max-temperature",
+            FORCE_TOO_LARGE: f"the force on an atom reached {value:.4g} eV/A, bound {bound:g} eV/A",
             TOO_CLOSE: f"two atoms came as close as {-value:.2f} times the sum of their covalent radii, "
             f"bound {-bound:g}",
         }[code]

@@ -305,7 +305,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             found += _differences(old, value, "" if key == "settings" else f"{key} ")
-        elif json.dumps(old, sort_keys=True) != json.dumps(value, sort_keys=True):
+        elif json.loads(json.dumps(old)) != json.loads(json.dumps(value)):  # tuples are lists, 300 is 300.0
             found.append(f"{prefix}{key} was {old}, now {value}")
     return found
 
