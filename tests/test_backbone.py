@@ -150,6 +150,7 @@ _REPEAT = """
 import sys
 sys.path[:0] = {paths!r}
 import torch
+torch.set_num_threads(1)  # of several, fewer may be there for the first call of a process: it is then rounded otherwise
 from ase.build import molecule
 from mmea_calc.backbone import load_backbone
 from mmea_calc.graph import build_graph, collate
