@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -221,6 +222,29 @@ def test_without_velocities_the_spectrum_is_that_of_differences(tmp_path: Path) 
     run = read_run(folder)
     for spectrum in vibrations.spectra(Selection(run, run.replicas, 0.0)).values():
         assert spectrum_peaks_per_cm(spectrum) == pytest.approx([1500.0], abs=5)
+
+
+def test_a_replica_that_ended_early_does_not_blur_the_spectrum_of_the_others(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "r"))
+    whole, broken = (Selection(run, run.replicas, 0.0) for _ in range(2))
+    first = run.replicas[0]
+    frames = broken.frames(first)
+    n = len(frames.time_fs) // 3
+    assert frames.velocities_A_per_fs is not None
+    broken._frames[first.name] = replace(
+        frames,
+        time_fs=frames.time_fs[:n],
+        positions_A=frames.positions_A[:n],
+        velocities_A_per_fs=frames.velocities_A_per_fs[:n],
+    )
+    before, after = vibrations.spectra(whole)[first.target_K], vibrations.spectra(broken)[first.target_K]
+    assert after.resolution_per_cm == before.resolution_per_cm
+    assert spectrum_peaks_per_cm(after) == pytest.approx([1500.0], abs=5)
+    (remark,) = broken.remarks
+    assert remark.startswith("1 of 2 replicas at 300 K are less than half as long as the longest")
+    assert not whole.remarks
+    assert vibrations.vacf(broken) is not None
+    assert len(broken.remarks) == 1
 
 
 @pytest.mark.usefixtures("unpainted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,9 @@ def vacf(selection: Selection) -> Quantity | None:
     columns: Columns = {}
     lines = []
     for target_K, some in temperatures(replicas):
-        curves, spacing_fs = [], 0.0
-        for r in some:
-            velocities, spacing_fs, _ = _velocities(selection, r)
-            curves.append(motion.velocity_autocorrelation(velocities, r.masses_amu))
+        moving = _of_like_length(selection, some, target_K)
+        curves = [motion.velocity_autocorrelation(velocities, r.masses_amu) for r, (velocities, _, _) in moving]
+        spacing_fs = moving[-1][1][1]
         n = min(len(c) for c in curves) // 2 + 1
         mean, lag_fs = np.mean([c[:n] for c in curves], axis=0), np.arange(n) * spacing_fs
         extend(columns, target_K=target_K, lag_fs=lag_fs, vacf=mean)
@@ -75,13 +75,28 @@ def vacf(selection: Selection) -> Quantity | None:
     return Quantity("vacf", "Velocity autocorrelation", note, [panel], columns)
 
 
+def _of_like_length(
+    selection: Selection, replicas: Sequence[Replica], target_K: float
+) -> list[tuple[Replica, tuple[FloatArray, float, bool]]]:
+    """Replicas with their velocities, without those that ended before half of the longest: they would blur the mean."""
+    found = [(r, _velocities(selection, r)) for r in replicas]
+    longest = max(len(velocities) for _, (velocities, _, _) in found)
+    kept = [(r, v) for r, v in found if 2 * len(v[0]) >= longest]
+    remark = (
+        f"{len(found) - len(kept)} of {len(found)} replicas at {target_K:g} K are less than half as long as the "
+        "longest: velocity autocorrelation and spectrum leave them out."
+    )
+    if len(kept) < len(found) and remark not in selection.remarks:
+        selection.remarks.append(remark)
+    return kept
+
+
 def spectra(selection: Selection) -> dict[float, motion.Spectrum]:
     """Target temperature (K) -> mean spectrum of its replicas, on the wavenumbers of the coarsest of them."""
     found: dict[float, motion.Spectrum] = {}
     for target_K, replicas in temperatures(_moving(selection)):
         each = []
-        for r in replicas:
-            velocities, spacing_fs, differences = _velocities(selection, r)
+        for r, (velocities, spacing_fs, differences) in _of_like_length(selection, replicas, target_K):
             each.append(motion.vibrational_spectrum(velocities, r.masses_amu, spacing_fs, from_differences=differences))
         coarsest = max(each, key=lambda s: s.resolution_per_cm)
         x = coarsest.wavenumber_per_cm
