@@ -116,9 +116,8 @@ def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
                     *((errors.stress.mae_meV_per_A3, errors.stress.rmse_meV_per_A3) if counts["stress"] else ()),
                 )
             )
-    units = ["meV", "meV", "meV/atom", "meV/atom", "meV/Å", "meV/Å", *["meV/Å³"] * 2 * bool(counts["stress"])]
-    titles = ["E MAE", "E RMSE", "E MAE", "E RMSE", "F MAE", "F RMSE", *["S MAE", "S RMSE"] * bool(counts["stress"])]
-    headings = [f"{title}\n{unit}" for title, unit in zip(titles, units, strict=True)]
+    quantities = [("E", "meV"), ("E", "meV/atom"), ("F", "meV/Å"), *([("S", "meV/Å³")] if counts["stress"] else [])]
+    headings = [f"{letter} {measure}\n{unit}" for letter, unit in quantities for measure in ("MAE", "RMSE")]
     out().print(table(["config_type", "structures", "", *headings], rows))
     rows = []
     for symbol in evaluation.backbone.forces_by_element:

@@ -46,8 +46,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "dtype": "float64",
         "validate_every": 1,
     },
-    # e3nn keeps the weights of a linear layer in one row, in which SOAP sees no matrices: AdamW is ahead on rMD17
-    # aspirin. Full fine-tuning bears a smaller rate than adapters (arXiv 2606.12704); 0.003 is ahead of 0.001 there.
+    # Measured when SOAP saw no matrices in the one row that e3nn keeps a linear layer's weights in: AdamW was ahead on
+    # rMD17 aspirin. Full fine-tuning bears a smaller rate than adapters (arXiv 2606.12704); 0.003 is ahead of 0.001
+    # there.
     "full": {"optimizer": "adamw", "batch_size": 2, "lr": 0.003, "steps": 2000},
     # arXiv 2606.18691: low (L, the default of the method) and high (H) sparsity.
     "sparse": _SPARSE,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
+from operator import is_
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class SOAP(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             parameters = [p for p in group["params"] if p.grad is not None]
             before, stacks = self._stacks.get(number, ([], []))
-            if not (len(parameters) == len(before) and all(map(_same, parameters, before))):
+            if not (len(parameters) == len(before) and all(map(is_, parameters, before))):
                 stacks = self._stacked(group, parameters)
                 self._stacks[number] = (parameters, stacks)
             gradients = {p: p.grad for p in parameters}
@@ -132,6 +133,7 @@ class _Stack:
         self.mean, self.square = self._kept("mean"), self._kept("square")
         self.products = [self._kept_matrix("products", k, d) for k, d in enumerate(self.axes)]
         self.bases = [self._kept_matrix("bases", k, d) for k, d in enumerate(self.axes)]
+        self.fresh = [i for i, b in enumerate(self.blocks) if self.axes and "bases" not in b.state]
         self._hand_out()
 
     # -- gathering -----------------------------------------------------------------------------------------------
@@ -146,11 +148,17 @@ class _Stack:
             parts[-1] = parts[-1].transpose(1, 2)
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
-    def _apart(self, stacked: Tensor) -> list[Tensor]:
-        """The inverse of `_together`."""
+    def _views(self, stacked: Tensor) -> list[Tensor]:
+        """The inverse of `_together`, in the same memory."""
         if self.vectors:
             sizes = [prod(b.own_shape) for b in self.blocks]
             return [v.view(b.own_shape) for v, b in zip(stacked[0].split(sizes), self.blocks, strict=True)]
+        return [piece.mT if b.turned else piece for piece, b in zip(stacked.unbind(0), self.blocks, strict=True)]
+
+    def _apart(self, stacked: Tensor) -> list[Tensor]:
+        """The same for operations on lists, which are quick where each tensor lies in one piece."""
+        if self.vectors:
+            return self._views(stacked)
         straight, turned = stacked[: self.n_straight], stacked[self.n_straight :]
         return [*straight.unbind(0), *(turned.transpose(1, 2).contiguous().unbind(0) if len(turned) else ())]
 
@@ -170,9 +178,8 @@ class _Stack:
     def _hand_out(self) -> None:
         """Give every block its state as views of the stack's."""
         for name, stacked in (("mean", self.mean), ("square", self.square)):
-            pieces = stacked[0].split([prod(b.own_shape) for b in self.blocks]) if self.vectors else stacked.unbind(0)
-            for block, piece in zip(self.blocks, pieces, strict=True):
-                block.state[name] = piece.view(block.own_shape) if not block.turned else piece.transpose(0, 1)
+            for block, view in zip(self.blocks, self._views(stacked), strict=True):
+                block.state[name] = view
         for i, block in enumerate(self.blocks if self.axes else ()):
             for name, matrices in (("products", self.products), ("bases", self.bases)):
                 block.state[name] = [None if m is None else m[i] for m in matrices]
@@ -183,9 +190,8 @@ class _Stack:
         """Change the blocks' parameters with these gradients, or only begin, in the first step of the group."""
         steps, (beta1, beta2) = group["steps"], group["betas"]
         gradient = self._together([b.of(gradients[b.parameter]) for b in self.blocks])  # type: ignore[arg-type]
-        fresh = [i for i in range(len(self.axes and self.blocks)) if not self._begun(i)]
-        if fresh:
-            self._begin(fresh, gradient, beta2)
+        if self.fresh:
+            self._begin(gradient, beta2)
         if steps == 0:
             return
         seen = _turned(gradient, self.bases)
@@ -203,19 +209,15 @@ class _Stack:
         if self.axes and steps % (FREQUENCY if max(self.axes) <= LONG else RARELY) == 0:
             self._renew()
 
-    def _begun(self, i: int) -> bool:
-        return bool(self.blocks[i].state.get("begun"))
-
-    def _begin(self, fresh: Sequence[int], gradient: Tensor, beta: float) -> None:
+    def _begin(self, gradient: Tensor, beta: float) -> None:
         """Preconditioners and bases of blocks that have none, of their first gradient."""
-        rows = torch.tensor(fresh, device=gradient.device)
+        rows = torch.tensor(self.fresh, device=gradient.device)
         for k, (products, bases) in enumerate(zip(self.products, self.bases, strict=True)):
             if products is not None and bases is not None:
                 unfolded = gradient[rows].movedim(k + 1, 1).flatten(2)
                 products[rows] = product = (1 - beta) * (unfolded @ unfolded.mT)
                 bases[rows] = _eigenvectors(product)
-        for i in fresh:
-            self.blocks[i].state["begun"] = True
+        self.fresh = []
 
     def _renew(self) -> None:
         """Bases one power iteration on, largest eigenvalues first; the means are turned into them."""
@@ -249,10 +251,6 @@ def _eigenvectors(products: Tensor) -> Tensor:
         return torch.linalg.eigh(products)[1].flip(-1)
     except torch.linalg.LinAlgError:  # many equal eigenvalues, as of a first gradient with few rows that are not zero
         return torch.linalg.eigh(products.double())[1].flip(-1).to(products)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other
 
 
 __all__ = ["FREQUENCY", "SOAP"]

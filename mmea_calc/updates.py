@@ -144,7 +144,7 @@ class Dense(Update):
 
     def groups(self) -> list[ParameterGroup]:
         shapes = tuple((*(block.row_axes or block.rows), block.columns) for block in self.blocks)
-        return [ParameterGroup([self.D], shapes=(shapes or (tuple(self.D.shape),),))]
+        return [ParameterGroup([self.D], shapes=(shapes,) if shapes else None)]
 
 
 class Replacement(Update):

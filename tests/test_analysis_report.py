@@ -21,6 +21,7 @@ from mmea_calc.analysis.motion import kinetic_temperature_K, spectrum_peaks_per_
 from mmea_calc.analysis.quantity import Quantity, Selection
 from mmea_calc.analysis.reader import read_run
 from mmea_calc.analysis.report import analyse, with_error
+from mmea_calc.analysis.table import ReplicaRow
 from mmea_calc.errors import DataError, TrajectoryError
 from mmea_calc.md.trajectory import OBSERVABLES, Member
 from mmea_calc.md.trajectory_writer import Settings, TrajectoryWriter
@@ -222,6 +223,13 @@ def test_without_velocities_the_spectrum_is_that_of_differences(tmp_path: Path) 
     run = read_run(folder)
     for spectrum in vibrations.spectra(Selection(run, run.replicas, 0.0)).values():
         assert spectrum_peaks_per_cm(spectrum) == pytest.approx([1500.0], abs=5)
+
+
+def test_what_happened_does_not_hide_that_errors_are_lower_bounds() -> None:
+    row = ReplicaRow("a", 300.0, 1.0, *(0.0,) * 6, converged=False, events="gate out of range at 0 ps")
+    assert row.remark == "gate out of range at 0 ps; too short: errors are lower bounds"
+    assert replace(row, events="").remark == "too short: errors are lower bounds"
+    assert replace(row, events="", converged=True).remark == ""
 
 
 def test_a_replica_that_ended_early_does_not_blur_the_spectrum_of_the_others(tmp_path: Path) -> None:

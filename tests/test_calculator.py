@@ -644,6 +644,9 @@ def test_wrong_settings_are_refused() -> None:
     lost = adapter_for(small_backbone())
     with pytest.raises(BackboneError, match=r"give its file, with --backbone on the command line, with backbone="):
         MMEACalculator(lost)
+    with pytest.raises(BackboneError, match="dtype") as caught:  # a backbone that is there is not to blame
+        MMEACalculator(replace(lost, backbone="mmea-organic-s"), dtype="float16")  # type: ignore[arg-type]
+    assert "give its file" not in str(caught.value)
     with pytest.raises(TypeError):
         MMEACalculator(backbone=small_backbone(), temperature_K=300)  # type: ignore[call-arg]
 

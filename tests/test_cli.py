@@ -87,6 +87,7 @@ def test_module_runs_as_a_program() -> None:
         ["finetune"],
         ["finetune", "x.xyz", "--phi", "sin"],
         ["finetune", "x.xyz", "--epochs", "many"],
+        ["finetune", "x.xyz", "--epochs", 0],
         ["finetune", "x.xyz", "--recipe", "pasta"],
         ["finetune", "x.xyz", "--no-such-option"],
         ["backbone", "no-such-command"],

@@ -280,8 +280,13 @@ def test_conversion_keeps_frames_velocities_and_cells(tmp_path: Path) -> None:
     assert len(read(tmp_path / "one.traj", index=":")) == 26
     with pytest.raises(TrajectoryError, match="no replica 'x'"):
         convert_trajectory(tmp_path / "RUN", tmp_path / "out.xyz", replicas=["x"])
-    with pytest.raises(TrajectoryError, match="ending"):
-        convert_trajectory(tmp_path / "RUN", tmp_path / "out.nonsense")
+    for name in ("out.nonsense", "out"):
+        with pytest.raises(TrajectoryError, match="ending"):
+            convert_trajectory(tmp_path / "RUN", tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(TrajectoryError, match=r"is a folder.*folder\.xyz"):
+        convert_trajectory(tmp_path / "RUN", tmp_path / "folder")
+    assert not list(tmp_path.glob(".part*"))
 
 
 def test_files_that_are_no_trajectory_are_explained(tmp_path: Path) -> None:
@@ -358,6 +363,12 @@ def test_resuming_with_other_settings_names_them_and_changes_nothing(
     with pytest.raises(DynamicsError, match="holds a run already"):
         start(tmp_path / "RUN")
     assert before == {p: p.read_bytes() for p in sorted((tmp_path / "RUN").iterdir()) if p.is_file()}
+
+
+def test_whole_numbers_are_the_same_settings(tmp_path: Path) -> None:
+    """As a script writes them; the command line reads 300.0."""
+    start(tmp_path / "RUN", changed(temperatures_K=(300, 600)))
+    start(tmp_path / "RUN", changed(temperatures_K=(300.0, 600.0)), resume=True)
 
 
 def test_overwriting_starts_anew_and_leaves_foreign_files(tmp_path: Path) -> None:

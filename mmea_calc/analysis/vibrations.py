@@ -60,7 +60,7 @@ def vacf(selection: Selection) -> Quantity | None:
     for target_K, some in temperatures(replicas):
         moving = _of_like_length(selection, some, target_K)
         curves = [motion.velocity_autocorrelation(velocities, r.masses_amu) for r, (velocities, _, _) in moving]
-        spacing_fs = moving[-1][1][1]
+        _, (_, spacing_fs, _) = moving[-1]
         n = min(len(c) for c in curves) // 2 + 1
         mean, lag_fs = np.mean([c[:n] for c in curves], axis=0), np.arange(n) * spacing_fs
         extend(columns, target_K=target_K, lag_fs=lag_fs, vacf=mean)

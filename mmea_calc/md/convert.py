@@ -37,13 +37,11 @@ def convert_trajectory(
     names = list(replicas or names)
     if destination.is_dir():
         raise TrajectoryError(f"{destination} is a folder; give the name of a file, such as {destination.name}.xyz")
-    try:
-        style = "extxyz" if destination.suffix == ".xyz" else filetype(str(destination), read=False)
-    except UnknownFileTypeError as problem:
-        raise TrajectoryError(f"{destination}: no format of ASE has this ending; try .xyz or .traj") from problem
     temporary = destination.with_name(f".part-{destination.name}")  # its ending says some writers what to write
-    count = 0
+    style, count = "extxyz", 0
     try:
+        if destination.suffix != ".xyz":
+            style = filetype(str(destination), read=False)
         temporary.unlink(missing_ok=True)
         if style == "extxyz":  # piece by piece: a run may be larger than the memory
             for name in names:
