@@ -16,7 +16,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     elif isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
         message, code = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}", 1
     elif isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted", INTERRUPTED
+        message, code = ": ".join(filter(None, ["interrupted", str(error)])), INTERRUPTED
     else:
         return None
     return "mmea: " + " ".join(message.split()), code

@@ -53,23 +53,26 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
     _introduce(backbone)
     report = show_report(train, valid, test, backbone)
     _count(backbone, settings)
-    with TrainingDisplay(out()) as display:
-        result = train_adapter(
-            train,
-            options["output"] or Path(train_files[0].stem + ".adapter"),
-            valid=valid,
-            test=test,
-            backbone=backbone,
-            adapter=settings.adapter,
-            init=options["init"],
-            training=training,
-            E0s=options["E0s"],
-            level_of_theory=options["level_of_theory"],
-            report=report,
-            resume=bool(options["resume"]),
-            progress=display,
-            team=team,
-        )
+    try:
+        with TrainingDisplay(out()) as display:
+            result = train_adapter(
+                train,
+                options["output"] or Path(train_files[0].stem + ".adapter"),
+                valid=valid,
+                test=test,
+                backbone=backbone,
+                adapter=settings.adapter,
+                init=options["init"],
+                training=training,
+                E0s=options["E0s"],
+                level_of_theory=options["level_of_theory"],
+                report=report,
+                resume=bool(options["resume"]),
+                progress=display,
+                team=team,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("go on with --resume") from None
     if not team.leads:
         return
     _conclude(result)

@@ -92,7 +92,7 @@ def start(devices: int, arguments: list[str]) -> None:
     try:
         elastic_launch(settings, sys.executable)(*arguments)
     except SignalException:
-        raise KeyboardInterrupt from None
+        raise KeyboardInterrupt("go on with --resume") from None
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         killed = [code for code in codes if code < 0 and -code != signal.SIGTERM]

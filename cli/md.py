@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -107,6 +110,8 @@ def md(
         dict(resume=resume, overwrite=overwrite, force=force),
     )
     _print(summary, folder, as_json)
+    if summary.steps < config.n_steps and len(summary.failed) < len(summary.replicas):
+        raise KeyboardInterrupt(f"at step {summary.steps} of {config.n_steps}; go on with --resume")
     if summary.failed:
         raise typer.Exit(1)
 
@@ -139,8 +144,27 @@ def _run(
     if is_adapter(adapter) and (unseen := read_adapter(adapter).unseen(numbers)):
         typer.echo(f"warning: {adapter} has seen no {', '.join(unseen)} in training: there it extrapolates", err=True)
     potential = open_potential(adapter, device=config.device, dtype=config.dtype, **model)
-    with _Display(Console(stderr=True), config.timestep_fs) as display:
-        return run_md(potential, starts, folder, config, **switches, progress=display)
+    with _Display(Console(stderr=True), config.timestep_fs) as display, _stopped_by_signals() as stop:
+        return run_md(potential, starts, folder, config, **switches, progress=display, stop=stop)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed within this context, or a queue asked the process to end; the second time it ends."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        typer.echo("mmea: stopping after this sample; once more to stop at once", err=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Display:

@@ -171,7 +171,8 @@ class MDConfig:
         dtype: precision of the network; positions and velocities are float64 in any case.
         positions_dtype: precision of the stored positions and velocities.
         velocities: store velocities with every frame (spectra need them).
-        max_temperature_K: a replica hotter than this has failed; None allows for 2 T + 14 standard deviations.
+        max_temperature_K: a replica hotter than this has failed; None allows for 2 T + 14 standard deviations,
+            twice that without a thermostat, and at least 1000 K.
         max_force_eV_per_A: a replica with a larger force on an atom has failed.
         min_distance_ratio: a replica has failed when two atoms are closer than this times the sum of their covalent
             radii.

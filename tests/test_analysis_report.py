@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,12 @@ def swinging(atoms: Atoms, kelvin: float, n: int, seed: int) -> tuple[np.ndarray
 
 
 def make_run(
-    folder: Path, n: int = 200, structures: Sequence[Atoms] | None = None, velocities: bool = True, spacing: float = 1.0
+    folder: Path,
+    n: int = 200,
+    structures: Sequence[Atoms] | None = None,
+    velocities: bool = True,
+    spacing: float = 1.0,
+    events: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Two replicas at 300 and 900 K of every structure, written as a run writes them."""
     folder.mkdir(exist_ok=True)
@@ -75,7 +81,7 @@ def make_run(
         positions, speeds = (np.concatenate([d[j][i] for d in data]) for j in (0, 1))
         writer.frame(8 * i, time_ps, positions, speeds, alive)
         writer.sample(8 * i, time_ps, np.stack([d[2][:, i] for d in data], axis=1), alive)
-    writer.flush()
+    writer.flush(events)
     writer.close()
     return folder
 
@@ -142,13 +148,9 @@ def test_a_run_is_read_in_the_units_of_the_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unpainted")
-def test_events_are_read_from_the_summary_and_shown(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "r", n=20)
+def test_events_are_shown(tmp_path: Path) -> None:
     event = {"replica": "start0-900K-1", "step": 8, "time_ps": 0.004, "kind": "failed", "detail": "too hot"}
-    summary = {
-        "replicas": [{"replica": "start0-900K-1", "events": [event]}, {"replica": "start0-300K-0", "events": []}]
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    folder = make_run(tmp_path / "r", n=20, events=[event])
     result = analyse(folder)
     assert [row.events for row in result.rows] == ["", "", "", "failed at 0.004 ps: too hot"]
     assert "failed at 0.004 ps: too hot" in result.page.read_text(encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from ase.build import molecule
 from ase.io import read, write
 from typer.testing import CliRunner, Result
 
+from mmea_calc.md.run import MDProgress
 from mmea_calc.md.trajectory import read_settings, replica_names
 from mmea_cli.main import app
 from mmea_cli.units import femtoseconds, per_femtosecond
@@ -82,6 +85,28 @@ def test_a_failed_replica_is_told_by_the_exit_code(tmp_path: Path, water: Path) 
     result = mmea("md", "mmea-organic-s", water, "--time", "4fs", "--max-temperature", "1e-3", "-o", tmp_path / "RUN")
     assert result.exit_code == 1
     assert "failed at 0 ps" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_where_it_can_be_gone_on_with(
+    tmp_path: Path, water: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def press(self: object, event: MDProgress) -> None:
+        if event.step == 4 and event.message is None:
+            os.kill(os.getpid(), number)
+
+    every = ["--stats-every", "2", "--traj-every", "2", "--timestep", "1fs", "--time", "8fs"]
+    command = ["md", "mmea-organic-s", water, "-o", tmp_path / "RUN", "--temperature", "300", *every]
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr("mmea_cli.md._Display.__call__", press)
+        stopped = mmea(*command)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.splitlines()[-1] == "mmea: interrupted: at step 4 of 8; go on with --resume"
+    assert signal.getsignal(number) is before
+    finished = mmea(*command, "--resume", "--json")
+    assert finished.exit_code == 0, finished.output
+    assert json.loads(finished.stdout)["steps"] == 8
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path, water: Path) -> None:

@@ -24,10 +24,11 @@ from mmea_calc.errors import DynamicsError, TrajectoryError
 from mmea_calc.files import alone_in
 from mmea_calc.md import checkpoint as checkpoint_module
 from mmea_calc.md import run_md, trajectory_writer
+from mmea_calc.md.checkpoint import read_checkpoint
 from mmea_calc.md.convert import convert_trajectory
 from mmea_calc.md.run import MDProgress
-from mmea_calc.md.summary import Summary, mean_and_error, slope_and_error
-from mmea_calc.md.trajectory import OBSERVABLES, read_replica, read_settings, replica_names
+from mmea_calc.md.summary import Summary
+from mmea_calc.md.trajectory import OBSERVABLES, read_events, read_replica, read_settings, replica_names
 from mmea_calc.md.trajectory_writer import Settings, TrajectoryWriter
 
 CONFIG = MDConfig(
@@ -118,7 +119,7 @@ def test_a_run_writes_what_its_description_says(tmp_path: Path) -> None:
             assert file[f"observables/start0-300K-0/{name}/step"][:].tolist() == list(range(0, 101, 2))
 
         def has_unit(name: str, item: object) -> None:
-            if isinstance(item, h5py.Dataset) and name.rsplit("/", 1)[-1] not in ("step", "species"):
+            if isinstance(item, h5py.Dataset) and name.rsplit("/", 1)[-1] not in ("step", "species", "events"):
                 assert "unit" in item.attrs, name
 
         file.visititems(has_unit)
@@ -316,6 +317,17 @@ def test_a_longer_time_goes_on_with_a_finished_run(tmp_path: Path) -> None:
     start(tmp_path / "parts", changed(time_ps=0.0235))  # 47 steps: no multiple of anything
     start(tmp_path / "parts", resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert read_settings(tmp_path / "parts")["time_ps"] == CONFIG.time_ps
+
+
+def test_a_run_that_is_told_to_stop_loses_no_step(tmp_path: Path) -> None:
+    start(tmp_path / "whole")
+    seen: list[int] = []
+    summary = start(tmp_path / "parts", progress=lambda e: seen.append(e.step), stop=lambda: seen[-1] >= 38)
+    assert summary.steps == read_checkpoint(tmp_path / "parts/checkpoint.safetensors").state.step == 38
+    assert json.loads((tmp_path / "parts/summary.json").read_text())["steps"] == 38
+    start(tmp_path / "parts", resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_failed_replica_stays_failed_when_resumed(tmp_path: Path) -> None:
@@ -327,6 +339,7 @@ def test_a_failed_replica_stays_failed_when_resumed(tmp_path: Path) -> None:
     again.broken = (31, 1)
     with pytest.raises(InterruptedRunError):
         start(tmp_path / "parts", potential=again, progress=interrupt_at(62))
+    assert [e["replica"] for e in read_events(tmp_path / "parts")] == ["start0-300K-1"]  # without any summary
     resumed = start(tmp_path / "parts", resume=True)  # the potential is sound again
     assert resumed.failed == whole.failed
     row = next(r for r in resumed.replicas if r.failed)
@@ -456,6 +469,21 @@ def test_minimised_starts_are_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert np.abs(moved).max() > 0.01
 
 
+def test_a_run_at_constant_energy_that_relaxed_to_a_line_has_its_temperature_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A molecule on a line has one rotation less than the bent one that was given."""
+    line = triatomic()
+    line.positions = [[0, 0, 0], [1.4, 0, 0], [-1.4, 0, 0]]
+    monkeypatch.setattr("mmea_calc.md.run.minimise", lambda potential, starts: ([line], []))
+    config = changed(minimize=True, ensemble="nve", time_ps=0.02)
+    start(tmp_path / "whole", config, starts=[triatomic()])
+    with pytest.raises(InterruptedRunError):
+        start(tmp_path / "parts", config, starts=[triatomic()], progress=interrupt_at(24))
+    start(tmp_path / "parts", config, starts=[triatomic()], resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
 # --- crashes ---------------------------------------------------------------------------------------------------------
 
 # A process that forks: its children run and are killed, the imports are made once.
@@ -573,23 +601,3 @@ def test_a_write_that_the_system_refuses_leaves_the_file_of_the_last_checkpoint(
     assert 20 <= read_replica(tmp_path / "RUN", "start0-300K-0").steps[-1] < 500
     start(tmp_path / "RUN", config, starts=[triatomic()], resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "RUN")
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def test_slope_and_mean_come_with_their_errors() -> None:
-    rng = np.random.default_rng(0)
-    x = np.linspace(0, 10, 5000)
-    slope, error = slope_and_error(x, 3.0 * x + rng.normal(0, 1, len(x)))
-    assert slope is not None
-    assert error is not None
-    # standard error of the slope of independent points: sigma / sqrt(sum (x - mean)^2)
-    expected = 1 / np.sqrt(((x - x.mean()) ** 2).sum())
-    assert abs(slope - 3.0) < 5 * expected
-    assert 0.3 * expected < error < 3 * expected
-    mean, error = mean_and_error(rng.normal(7, 1, 5000))
-    assert mean == pytest.approx(7, abs=5 / np.sqrt(5000))
-    assert error == pytest.approx(1 / np.sqrt(5000), rel=0.9)
-    assert slope_and_error(x[:5], x[:5]) == (None, None)
-    assert mean_and_error(x[:0]) == (None, None)

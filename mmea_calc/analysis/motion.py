@@ -15,7 +15,7 @@ from scipy.signal import find_peaks
 
 from mmea_calc.errors import DataError
 
-from .statistics import correlation
+from ..statistics import correlation
 
 FloatArray = NDArray[np.floating[Any]]
 

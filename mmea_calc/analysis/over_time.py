@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..statistics import block_average
 from .quantity import Columns, Line, Panel, Quantity, Selection, extend, finite, temperatures
-from .statistics import block_average
 
 TIME = "Time (ps)"
 # Errors from fewer blocks than this are all scatter.

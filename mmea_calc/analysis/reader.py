@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmea_calc.md.trajectory import read_replica, read_settings, replica_names, trajectory_file
+from mmea_calc.md.trajectory import read_events, read_replica, read_settings, replica_names, trajectory_file
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -65,7 +64,7 @@ class Run:
         path: its trajectory file.
         config: its settings, as JSON values (`mmea_calc.config.MDConfig`).
         replicas: in order of start structure, temperature and number.
-        events: replica -> what happened to it, in words; from the summary that is written when the run ends.
+        events: replica -> what happened to it until the last checkpoint, in words.
     """
 
     path: Path
@@ -97,7 +96,7 @@ def read_run(folder: str | Path) -> Run:
         path=path,
         config=read_settings(path),
         replicas=tuple(_replica(path, name) for name in replica_names(path)),
-        events=_events(path.with_name("summary.json")),
+        events=_events(path),
     )
 
 
@@ -117,10 +116,8 @@ def _replica(path: Path, name: str) -> Replica:
     )
 
 
-def _events(summary: Path) -> dict[str, tuple[str, ...]]:
-    if not summary.is_file():
-        return {}
-    replicas = json.loads(summary.read_text(encoding="utf-8"))["replicas"]
-    return {
-        r["replica"]: tuple(f"{e['kind']} at {e['time_ps']:g} ps: {e['detail']}" for e in r["events"]) for r in replicas
-    }
+def _events(path: Path) -> dict[str, tuple[str, ...]]:
+    told: dict[str, tuple[str, ...]] = {}
+    for e in read_events(path):
+        told[e["replica"]] = (*told.get(e["replica"], ()), f"{e['kind']} at {e['time_ps']:g} ps: {e['detail']}")
+    return told

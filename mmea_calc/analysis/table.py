@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..statistics import block_average, drift
 from .quantity import Selection, finite
 from .reader import Replica
-from .statistics import block_average, drift
 
 # Fewer samples than this give a mean without an error.
 LEAST_SAMPLES = 16
@@ -62,7 +62,8 @@ def _row(selection: Selection, replica: Replica) -> ReplicaRow:
     slope, slope_error = math.nan, math.nan
     time_fs, conserved = finite(replica, "conserved_energy")
     if time_fs.size >= 2:
-        line = drift(time_fs / 1000.0, 1e3 * conserved / len(replica.numbers))
+        walks = selection.run.config.get("ensemble") == "nvt"
+        line = drift(time_fs / 1000.0, 1e3 * conserved / len(replica.numbers), walks=walks)
         slope, slope_error = line.slope, line.error
     return ReplicaRow(
         replica=replica.name,

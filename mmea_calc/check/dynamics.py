@@ -12,8 +12,9 @@ from ase import Atoms
 from ..config import CheckConfig, MDConfig
 from ..md.monitor import Event
 from ..md.record import Record, record
-from ..md.summary import slope_and_error
+from ..md.summary import LEAST_SAMPLES
 from ..potential import Potential
+from ..statistics import drift
 from .scans import FloatArray
 
 Tick = Callable[[float], None]
@@ -219,14 +220,11 @@ def _drift(run: Record, energy: FloatArray) -> tuple[float | None, float | None]
     """Mean slope over the replicas and its standard error, meV/atom/ps."""
     if any(e.kind == "failed" for e in run.events):
         return None, None
-    slopes = []
-    for column in energy.T:
-        slope, error = slope_and_error(run.time_ps, column)
-        if slope is None or error is None:
-            return None, None
-        slopes.append((slope, error))
-    values, errors = np.array(slopes).T
-    return float(values.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
+    if len(run.time_ps) < LEAST_SAMPLES:
+        return None, None
+    lines = [drift(run.time_ps, column) for column in energy.T]
+    error = float(np.sqrt(sum(line.error**2 for line in lines)) / len(lines))
+    return float(np.mean([line.slope for line in lines])), error
 
 
 def _first(events: Sequence[Event], kinds: Sequence[str]) -> float | None:

@@ -27,6 +27,8 @@ from .trajectory import OBSERVABLES
 # In units of the sum of the covalent radii: what counts as a bond at the start, as broken, as formed. Between the
 # last two a bond may stretch and a contact may close in without being told.
 BONDED, BROKEN, FORMED = 1.25, 1.6, 1.15
+# The bound on the temperature is nowhere lower by default.
+LOWEST_BOUND_K = 1000.0
 # A gate further outside its range than this (in widths of the range) is told.
 GATE_EXCESS = 1.0
 
@@ -84,12 +86,12 @@ class Monitor:
         asked = self.layout.temperatures_K + config.heating_K_per_ps * step * config.timestep_fs / 1000
         # The temperature of n degrees of freedom has the standard deviation T sqrt(2 / n).
         hot = asked * (2 + 14 * torch.sqrt(2 / dof))
+        if config.ensemble == "nve":
+            hot = 2 * hot  # without a thermostat the relaxation of a strained start stays in the replica
+        # A strained start warms a cold replica by more than its fluctuations.
+        hot = torch.clamp(hot, min=LOWEST_BOUND_K)
         if config.max_temperature_K is not None:
             hot = torch.full_like(hot, config.max_temperature_K)
-        elif config.ensemble == "nve":
-            # without a thermostat the relaxation of a strained start stays in the replica
-            hot = torch.clamp(2 * hot, min=1000.0)
-        hot = torch.where(asked > 0, hot, torch.clamp(hot, min=1000.0))
         largest_force, smallest_ratio = config.max_force_eV_per_A, config.min_distance_ratio
         others = [torch.full_like(hot, v) for v in (0.5, largest_force, -smallest_ratio)]
         return torch.stack([others[0], hot, others[1], others[2]])

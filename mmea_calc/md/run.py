@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from torch import Tensor
 
 from ..config import MDConfig, to_dict
 from ..errors import DynamicsError
@@ -78,6 +79,7 @@ def run_md(
     overwrite: bool = False,
     force: bool = False,
     progress: Progress = lambda event: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Run every start structure at every temperature, all as one batch.
 
@@ -90,9 +92,10 @@ def run_md(
         overwrite: remove the run that is in the folder.
         force: run an adapter whose method is not equivariant.
         progress: told how far it is.
+        stop: asked after every sample; when it says True the run ends there, with a checkpoint to be resumed from.
 
     Returns:
-        the table at the end.
+        the table at the end; `steps` tells whether it is the end that was asked for.
 
     Raises:
         DynamicsError: an adapter that is not equivariant; settings that make no sense; the folder holds a run already,
@@ -110,7 +113,10 @@ def run_md(
     with ExitStack() as held:
         if folder.is_dir():
             held.enter_context(alone_in(folder, DynamicsError))
-        checkpoint = _prepare(folder, identity, config.n_steps, resume=resume, overwrite=overwrite)
+        checkpoint = _prepare(folder, identity, config, resume=resume, overwrite=overwrite)
+        if checkpoint is not None:
+            # degrees of freedom are those of the relaxed structures
+            simulation = Simulation(potential, _started_from(simulation, checkpoint.start_positions), config)
         held.enter_context(potential.folded())
         messages: list[str] = []
         if checkpoint is None:
@@ -127,7 +133,7 @@ def run_md(
             run.tell(message)
         if checkpoint is None:
             run.begin()
-        return run.finish()
+        return run.finish(stop)
 
 
 class _Run:
@@ -165,12 +171,12 @@ class _Run:
         self._record()
         self._checkpoint()
 
-    def finish(self) -> Summary:
-        """All steps that are left, and the summary."""
+    def finish(self, stop: Callable[[], bool]) -> Summary:
+        """All steps that are left, unless told to stop, and the summary."""
         simulation, config = self.simulation, self.config
         saved = self.step
         alive = int(simulation.monitor.alive.sum())
-        while self.step < config.n_steps and alive:
+        while self.step < config.n_steps and alive and not stop():
             ends = [every - self.step % every for every in (config.stats_every, config.restart_every)]
             n = min(*ends, config.n_steps - self.step)
             simulation.advance(n)
@@ -225,11 +231,20 @@ class _Run:
         self.progress(MDProgress(0, self.config.n_steps, 0.0, float("nan"), n, n, message=message))
 
     def _checkpoint(self) -> None:
-        self.writer.flush()
         monitor = self.simulation.monitor
         events = [e.to_dict() for e in monitor.events]
+        self.writer.flush(events)
         content = Checkpoint(self.simulation.state, monitor.state_dict(), self.start_positions, events, self.identity)
         write_checkpoint(self.folder / "checkpoint.safetensors", content)
+
+
+def _started_from(simulation: Simulation, positions: Tensor) -> list[Atoms]:
+    """The start structures at the positions of step 0, (n_atoms, 3), of all replicas."""
+    structures: dict[int, Atoms] = {}
+    for replica, own in zip(simulation.layout.replicas, simulation.layout.split(positions), strict=True):
+        structures[replica.start] = (atoms := replica.atoms.copy())
+        atoms.positions = own.cpu().numpy()
+    return [structures[i] for i in sorted(structures)]
 
 
 # --- what a run is ---------------------------------------------------------------------------------------------------
@@ -260,7 +275,7 @@ def _identity(potential: Potential, starts: Sequence[Atoms], config: MDConfig) -
 
 
 def _prepare(
-    folder: Path, identity: dict[str, Any], n_steps: int, *, resume: bool, overwrite: bool
+    folder: Path, identity: dict[str, Any], config: MDConfig, *, resume: bool, overwrite: bool
 ) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. Raises DynamicsError."""
     if folder.exists() and not folder.is_dir():
@@ -277,17 +292,17 @@ def _prepare(
     if not there:
         raise DynamicsError(f"{folder} holds no run to resume")
     path = folder / "checkpoint.safetensors"
-    before = _read_config(folder) if not path.exists() else (content := read_checkpoint(path)).identity
+    before = _read_config(folder) if not path.exists() else (content := read_checkpoint(path, config.device)).identity
     if different := _differences(before, identity):
         raise DynamicsError(
             f"{folder} was run otherwise: {'; '.join(different)}. A resumed run may differ in its --time only"
         )
     if not path.exists():  # interrupted before its first step
         return None
-    if n_steps < content.state.step:
+    if config.n_steps < content.state.step:
         raise DynamicsError(
-            f"{folder} has {content.state.step} steps already, more than the {n_steps} that are asked for: give a "
-            "longer --time"
+            f"{folder} has {content.state.step} steps already, more than the {config.n_steps} that are asked for: "
+            "give a longer --time"
         )
     return content
 

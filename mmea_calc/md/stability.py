@@ -17,7 +17,6 @@ from ..potential import Potential
 from .monitor import stable_ps
 from .record import record
 from .simulation import check_equivariant
-from .summary import mean_and_error
 
 CHECK_TEMPERATURES_K = (300.0, 600.0, 1200.0)
 
@@ -92,7 +91,7 @@ def quick_check(
             {
                 "replica": replica.name,
                 "target_K": replica.temperature_K,
-                "temperature_K": mean_and_error(series["temperature"])[0],
+                "temperature_K": float(series["temperature"].mean()) if len(series["temperature"]) else None,
                 "stable_ps": stable_ps(run.events, replica.name, run.length_ps),
                 "gate_excess": float(gates.max()) if len(gates) else None,
                 "adapted_minus_bare_eV_per_A": float(shift.mean()) if len(shift) else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..statistics import block_average, drift
 from .monitor import Event, stable_ps
-from .trajectory import read_replica, replica_names
+from .trajectory import read_replica, read_settings, replica_names
 
-_BLOCKS = 10
+# Fewer samples than this say nothing of an error.
+LEAST_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class ReplicaSummary:
     Attributes:
         replica: name.
         target_K: temperature asked for.
-        temperature_K, temperature_error_K: mean over the second half of the run and its standard error, from the
-            means of 10 blocks.
+        temperature_K, temperature_error_K: mean over the second half of the run and its standard error
+            (`mmea_calc.statistics.block_average`); None with fewer samples than `LEAST_SAMPLES`.
         drift_meV_per_atom_ps, drift_error_meV_per_atom_ps: slope of the conserved energy over the whole run and its
-            standard error, from a straight line through the means of 10 blocks.
+            standard error (`mmea_calc.statistics.drift`).
         length_ps: how far it came.
         stable_ps: until it failed or its bonds changed.
         largest_gate_excess: None without gates.
@@ -72,13 +73,13 @@ class Summary:
 
 def summarise(folder: Path, events: Sequence[Event], *, steps: int, seconds: float, rate: float | None) -> Summary:
     """The summary of a run folder; earlier parts of a resumed run are in it. Raises TrajectoryError."""
-    rows = []
+    rows, walks = [], read_settings(folder)["ensemble"] == "nvt"
     for name in replica_names(folder):
         replica = read_replica(folder, name, frames=False)
         values, time = replica.observables, replica.sample_times_ps
         conserved = values["conserved_energy"] / len(replica.member.numbers) * 1000
-        temperature, error = mean_and_error(values["temperature"][len(time) // 2 :])
-        drift, drift_error = slope_and_error(time, conserved)
+        temperature, error = _mean(values["temperature"][len(time) // 2 :])
+        slope, slope_error = _drift(time, conserved, walks=walks)
         length = float(time[-1]) if len(time) else 0.0
         rows.append(
             ReplicaSummary(
@@ -86,8 +87,8 @@ def summarise(folder: Path, events: Sequence[Event], *, steps: int, seconds: flo
                 target_K=replica.member.temperature_K,
                 temperature_K=temperature,
                 temperature_error_K=error,
-                drift_meV_per_atom_ps=drift,
-                drift_error_meV_per_atom_ps=drift_error,
+                drift_meV_per_atom_ps=slope,
+                drift_error_meV_per_atom_ps=slope_error,
                 length_ps=length,
                 stable_ps=stable_ps(events, name, length),
                 largest_gate_excess=_of(np.max, values["gate_excess"]),
@@ -98,27 +99,20 @@ def summarise(folder: Path, events: Sequence[Event], *, steps: int, seconds: flo
     return Summary(tuple(rows), steps, seconds, rate)
 
 
-def mean_and_error(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
-    """Mean of a series and its standard error from block means; None where there are too few values."""
-    if not len(values):
-        return None, None
-    mean = float(values.mean())
-    if len(values) < 2 * _BLOCKS:
-        return mean, None
-    means = np.array([b.mean() for b in np.array_split(values, _BLOCKS)])
-    return mean, float(means.std(ddof=1) / math.sqrt(_BLOCKS))
+def _mean(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
+    if len(values) < LEAST_SAMPLES:
+        return _of(np.mean, values), None
+    average = block_average(values)
+    return average.mean, average.error
 
 
-def slope_and_error(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float | None, float | None]:
-    """Slope of the straight line through block means and its standard error; None where there are too few values."""
-    if len(x) < 2 * _BLOCKS:
+def _drift(
+    time_ps: NDArray[np.float64], energy: NDArray[np.float64], *, walks: bool
+) -> tuple[float | None, float | None]:
+    if len(time_ps) < LEAST_SAMPLES:
         return None, None
-    bx = np.array([b.mean() for b in np.array_split(x, _BLOCKS)])
-    by = np.array([b.mean() for b in np.array_split(y, _BLOCKS)])
-    dx = bx - bx.mean()
-    slope = float((dx * (by - by.mean())).sum() / (dx * dx).sum())
-    residual = by - by.mean() - slope * dx
-    return slope, float(np.sqrt((residual**2).sum() / (_BLOCKS - 2) / (dx * dx).sum()))
+    line = drift(time_ps, energy, walks=walks)
+    return line.slope, line.error
 
 
 def _of(function: Any, values: NDArray[np.float64]) -> float | None:

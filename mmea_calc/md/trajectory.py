@@ -5,6 +5,7 @@ A replica is one start structure at one temperature, named `start0-300K-0` (star
 
     h5md/                           attributes version [1, 1]; author/ and creator/ (name, version); modules/units
     parameters/                     attribute config: the settings of the run as JSON (`MDConfig`)
+        events                      what happened to replicas, as a JSON list (`mmea_calc.md.monitor.Event`)
     particles/<replica>/            attributes start_index, temperature_K, replica_index
         box/                        attributes dimension 3, boundary ("periodic" or "none", three of them)
             edges/value             (n_frames, 3, 3), Angstrom, rows are lattice vectors; only with a periodic direction
@@ -142,6 +143,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Settings of the run that wrote a file (`MDConfig` as plain values). Raises TrajectoryError."""
     with _opened(trajectory_file(path)) as file:
         return dict(json.loads(file["parameters"].attrs["config"]))
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """What happened to replicas until the last checkpoint (`Event` as plain values). Raises TrajectoryError."""
+    with _opened(trajectory_file(path)) as file:
+        parameters = file["parameters"]
+        return list(json.loads(_text(parameters["events"][()]))) if "events" in parameters else []
 
 
 def read_replica(path: str | Path, name: str, *, frames: bool = True) -> ReplicaTrajectory:

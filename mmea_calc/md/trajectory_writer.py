@@ -83,6 +83,7 @@ class TrajectoryWriter:
             else:
                 _copy(self.path, self._twin)
                 self._last_frame, self._last_sample = _cut(self._twin, [m.name for m in members], resume_at)
+                _set_config(self._twin, settings)
             os.replace(self._twin, self.path)
             _copy(self.path, self._twin)
 
@@ -120,17 +121,21 @@ class TrajectoryWriter:
             raise TrajectoryError(f"{self.path}: steps must increase, got a {what} of step {step} after step {last}")
         return step
 
-    def flush(self) -> None:
+    def flush(self, events: Sequence[Mapping[str, Any]] = ()) -> None:
         """Make everything so far part of the file, which is on the disk afterwards.
+
+        Args:
+            events: all since step 0, as plain values.
 
         Raises:
             TrajectoryError: it cannot be written. The file is what it was after the flush before.
         """
         with _explained(self.path):
             try:
-                everything = self._lag + self._new
-                _reserve(self._twin, _room(everything, self.members, self.settings))
+                everything, told = self._lag + self._new, json.dumps(list(events))
+                _reserve(self._twin, _room(everything, self.members, self.settings) + 2 * len(told))
                 _append(self._twin, self.members, everything, self._split)
+                _set_events(self._twin, told)
                 _to_disk(self._twin)
             except BaseException:
                 self.close()  # a torn twin is of no use, and the disk may be full
@@ -178,6 +183,23 @@ def _create(path: Path, members: Sequence[Member], settings: Settings) -> None:
         file.create_group("parameters").attrs["config"] = json.dumps(dict(settings.config))
         for member in members:
             _create_member(file, member, settings)
+
+
+def _set_config(path: Path, settings: Settings) -> None:
+    """A run that goes on may be asked to be longer than it was."""
+    with _open(path) as file:
+        file["parameters"].attrs["config"] = json.dumps(dict(settings.config))
+
+
+def _set_events(path: Path, events: str) -> None:
+    """In place of those that the file has; they are few, and most checkpoints bring none."""
+    with _open(path) as file:
+        parameters = file["parameters"]
+        if "events" in parameters:
+            if parameters["events"].asstr()[()] == events:
+                return
+            del parameters["events"]
+        parameters["events"] = events
 
 
 def _create_member(file: h5py.File, member: Member, settings: Settings) -> None:

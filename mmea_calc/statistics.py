@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmea_calc.errors import DataError
+from .errors import DataError
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -108,16 +108,21 @@ class Drift:
     error: float
 
 
-def drift(times: ArrayLike, values: ArrayLike, n_blocks: int = 5) -> Drift:
-    """Slope of a series over time by least squares; its error from the spread over blocks.
+def drift(times: ArrayLike, values: ArrayLike, *, walks: bool = False, n_blocks: int = 8) -> Drift:
+    """Slope of a series over time, and its standard error from parts of the series.
 
-    Residuals of a trajectory are correlated, so the textbook error of a regression would be far too small. Instead the
-    fluctuations about the line are averaged over `n_blocks` blocks, taken as independent; the error is that of a
-    regression through their means.
+    A series that fluctuates about a line, such as the energy of dynamics without a thermostat: least squares. Its
+    residuals are correlated, so the textbook error of a regression would be far too small; they are averaged over
+    `n_blocks` blocks, taken as independent, and the error is that of a regression through these means.
+
+    A series that walks at random, such as the conserved quantity of dynamics with a thermostat, which every random
+    force moves a little: no line describes it, but its changes in separate parts are independent. The slope is the
+    mean over `n_blocks` parts of the slope in each, and the error the standard error of that mean.
 
     Args:
         times: (n_samples,), increasing.
         values: (n_samples,).
+        walks: which of the two it is.
         n_blocks: fewer for a series with fewer than two samples in each.
 
     Returns:
@@ -129,19 +134,27 @@ def drift(times: ArrayLike, values: ArrayLike, n_blocks: int = 5) -> Drift:
     x, y = _series(times, 2, "a drift"), _series(values, 2, "a drift")
     if x.shape != y.shape:
         raise DataError(f"a drift needs one time per value, got {x.size} times and {y.size} values")
-    centred = x - x.mean()
-    spread = float(centred @ centred)
-    if spread == 0.0:
+    if x[0] == x[-1]:
         raise DataError("a drift needs samples at different times; all have the same")
-    slope = float(centred @ (y - y.mean())) / spread
     n = min(n_blocks, x.size // 2)
     if n < 3:
-        return Drift(slope, float("nan"))
+        return Drift(_slope(x, y), float("nan"))
+    if walks:
+        parts = zip(np.array_split(x, n), np.array_split(y, n), strict=True)
+        slopes = np.array([_slope(*part) for part in parts])
+        return Drift(float(slopes.mean()), float(slopes.std(ddof=1) / np.sqrt(n)))
+    slope, centred = _slope(x, y), x - x.mean()
     residuals = y - y.mean() - slope * centred
     means = np.array([block.mean() for block in np.array_split(residuals, n)])
     middles = np.array([block.mean() for block in np.array_split(centred, n)])
     variance = float(means @ means) / (n - 2)
     return Drift(slope, float(np.sqrt(variance / (middles @ middles))))
+
+
+def _slope(x: FloatArray, y: FloatArray) -> float:
+    """Of the line of least squares."""
+    centred = x - x.mean()
+    return float(centred @ (y - y.mean())) / float(centred @ centred)
 
 
 def correlation(series: ArrayLike, weights: ArrayLike | None = None, *, biased: bool = False) -> FloatArray:

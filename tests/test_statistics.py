@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mmea_calc.analysis.statistics import block_average, correlation, drift
 from mmea_calc.errors import DataError
+from mmea_calc.statistics import block_average, correlation, drift
 
 
 def autoregressive(n: int, phi: float, seed: int) -> NDArray[np.float64]:
@@ -73,9 +73,10 @@ def test_a_series_that_says_nothing_is_refused(values: list[float], message: str
 
 def test_the_drift_of_a_line_is_its_slope() -> None:
     t = np.linspace(0, 7, 50)
-    line = drift(t, 2.0 - 0.3 * t)
-    assert line.slope == pytest.approx(-0.3)
-    assert line.error == pytest.approx(0.0, abs=1e-12)
+    for walks in (False, True):
+        line = drift(t, 2.0 - 0.3 * t, walks=walks)
+        assert line.slope == pytest.approx(-0.3)
+        assert line.error == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_error_of_a_drift_is_the_spread_that_one_sees() -> None:
@@ -83,6 +84,18 @@ def test_the_error_of_a_drift_is_the_spread_that_one_sees() -> None:
     found = [drift(t, autoregressive(2000, 0.9, seed)) for seed in range(300)]
     seen = np.std([d.slope for d in found])
     assert np.sqrt(np.mean([d.error**2 for d in found])) == pytest.approx(seen, rel=0.25)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_the_error_of_a_random_walks_drift_is_the_spread_that_one_sees(noise: float) -> None:
+    """Of the change itself: a line through a walk lies about it, and its residuals say little of its slope."""
+    t, found = np.arange(2000.0), []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        found.append(drift(t, np.cumsum(rng.normal(size=t.size)) + noise * rng.normal(size=t.size), walks=True))
+    seen = np.sqrt(np.mean([d.slope**2 for d in found]))
+    assert np.sqrt(np.mean([d.error**2 for d in found])) == pytest.approx(seen, rel=0.15)
+    assert seen == pytest.approx(np.sqrt(6 / 5 / t.size), rel=0.15)  # a walk of unit steps
 
 
 def test_a_drift_over_few_samples_has_no_error() -> None:
@@ -103,7 +116,7 @@ def test_correlations_by_transform_equal_the_plain_sums(biased: bool, monkeypatc
     plain = [np.sum(w * x[: 37 - k] * x[k:]) / (37 if biased else 37 - k) for k in range(37)]
     assert np.allclose(correlation(x, w, biased=biased), plain)
     # and in several parts
-    monkeypatch.setattr("mmea_calc.analysis.statistics._TRANSFORMED_AT_ONCE", 300)
+    monkeypatch.setattr("mmea_calc.statistics._TRANSFORMED_AT_ONCE", 300)
     assert np.allclose(correlation(x, w, biased=biased), plain)
 
 
