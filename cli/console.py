@@ -79,7 +79,9 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        if not math.isfinite(value):
+        if math.isnan(value):
+            return "-"
+        if math.isinf(value):
             return str(value)
         return f"{value:.2f}" if 0.05 <= abs(value) < 1e6 else f"{value:.3g}"
     if isinstance(value, int):

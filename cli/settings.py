@@ -59,7 +59,7 @@ def resolve(flags: Mapping[str, Any], config: Path | None, other_options: Mappin
 
 
 def _form_of(init: Path, asked_for: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the adapter to start from, and its backbone; what was asked for must fit."""
+    """Settings of the adapter to start from, and its head; what was asked for must fit."""
     from mmea_calc.adapter_file import read_adapter
     from mmea_calc.methods import differing_form
 
@@ -71,7 +71,7 @@ def _form_of(init: Path, asked_for: Mapping[str, Any]) -> dict[str, Any]:
             f"{init} has {name.replace('_', '-')} {form[name]!r}, not {asked_for[name]!r}: leave the option out",
             param_hint="'--init'",
         )
-    return {**form, "backbone": file.backbone, "head": file.head}
+    return {**form, "head": file.head}
 
 
 def read_config(path: Path, other_options: Mapping[str, Any]) -> dict[str, Any]:

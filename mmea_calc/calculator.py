@@ -120,6 +120,17 @@ class MMEACalculator(Calculator):
         self._warned: set[tuple[str, int]] = set()
         self._check_alone()
 
+    def set(self, **settings: Any) -> dict[str, Any]:
+        """ASE's way to change a setting; those of this calculator stay as they were when it was made.
+
+        Raises:
+            TypeError: for any setting.
+        """
+        if settings:
+            names = ", ".join(settings)
+            raise TypeError(f"{names} cannot be changed: make a new MMEACalculator with it (adapters: `set_adapter`)")
+        return {}
+
     # -- adapters ------------------------------------------------------------------------------------------------
 
     @property

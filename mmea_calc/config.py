@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 DEFAULT_BACKBONE = "mmea-organic-s5"
 # With 10 replayed molecules an epoch and this many times the steps, errors on five molecules of rMD17 are below those
@@ -22,8 +22,25 @@ Precision = Literal["float32", "float64"]
 Kernels = Literal["own", "cuequivariance"]
 
 
+class _Settings:
+    """Numbers of NumPy become Python's, lists tuples, and one value stands for a tuple of it."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = _plain(given := getattr(self, name))
+            if any(get_origin(k) is tuple for k in (kind, *get_args(kind))) and value is not None:
+                several = isinstance(value, Iterable) and not isinstance(value, str)
+                value = tuple(map(_plain, value)) if several else (value,)
+            if value is not given:
+                object.__setattr__(self, name, value)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 @dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(_Settings):
     """What is attached to a network, and how it starts.
 
     Attributes:
@@ -63,7 +80,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Settings):
     """How an adapter is trained. Energies in eV, lengths in A.
 
     The defaults are the default recipe; `mmea_calc.recipes.RECIPES` holds the named alternatives.
@@ -147,7 +164,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class MDConfig:
+class MDConfig(_Settings):
     """How molecular dynamics is run.
 
     Every start structure is run at every temperature `replicas` times; all of them advance as one batch.
@@ -206,7 +223,7 @@ class MDConfig:
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(_Settings):
     """What `mmea_calc.check.check` measures, and the bounds of a sound potential.
 
     Attributes:
@@ -260,7 +277,7 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchmarkConfig(_Settings):
     """How methods are compared: every method is trained on every system with every seed.
 
     Attributes:
@@ -317,4 +334,4 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown settings {unknown}; {cls.__name__} knows {sorted(known)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**values)

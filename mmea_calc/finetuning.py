@@ -134,9 +134,12 @@ def finetuning(
     run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
     if team.leads:
         check_writable(output, run_dir)
-    backbone = backbone or (start.backbone if start is not None else DEFAULT_BACKBONE)
     if not isinstance(backbone, Backbone):
-        backbone = load_backbone(backbone, head=head, device=training.device, dtype=training.dtype)
+        how: dict[str, Any] = {"head": head, "device": training.device, "dtype": training.dtype}
+        if start is None:
+            backbone = load_backbone(backbone or DEFAULT_BACKBONE, **how)
+        else:
+            backbone = start.load_backbone(backbone, **how)
     if start is not None:
         start.check_backbone(backbone)
     report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)

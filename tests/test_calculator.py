@@ -308,6 +308,13 @@ def test_set_and_load_explain_what_they_refuse() -> None:
     assert calculator.active_adapters == ("adapter",)
 
 
+def test_settings_of_a_calculator_that_is_made_cannot_be_set() -> None:
+    calc = MMEACalculator(None, small_backbone())
+    with pytest.raises(TypeError, match="dtype cannot be changed: make a new MMEACalculator"):
+        calc.set(dtype="float64")
+    assert calc.set() == {}
+
+
 def test_an_adapter_that_does_not_fit_leaves_the_calculator_as_it_was() -> None:
     atoms, backbone = ethanol(), small_backbone()
     good = adapter_for(backbone)

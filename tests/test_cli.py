@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from conftest import ROOT
+from mmea_calc.adapter_file import read_adapter, write_adapter
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig
 from mmea_calc.recipes import RECIPES
 from mmea_calc.trainer import ProgressEvent
@@ -418,3 +420,13 @@ def test_training_goes_on_on_the_backbone_of_the_adapter_that_it_starts_from(ada
     again = mmea("finetune", *data, "--init", other, *options, tmp_path / "again.adapter")
     assert "mmea-organic-s3 (fingerprint" in again.output
     assert json.loads(mmea("info", tmp_path / "again.adapter", "--json").stdout)["backbone"] == "mmea-organic-s3"
+
+
+def test_starting_from_an_adapter_whose_backbone_is_a_file_says_so(adapter: Path, tmp_path: Path) -> None:
+    file = read_adapter(adapter)
+    write_adapter(stray := tmp_path / "stray.adapter", replace(file, backbone="my-own"))
+    data = [adapter.parent / "train.xyz", DATA / "isolated_atoms.xyz"]
+    result = mmea("finetune", *data, "--init", stray, "-o", tmp_path / "again.adapter")
+    assert result.exit_code == 1
+    assert "was made for backbone 'my-own', which is not found by that name" in result.stderr
+    assert "--backbone" in result.stderr

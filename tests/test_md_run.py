@@ -19,7 +19,7 @@ from ase.io import read
 from md_potentials import Morse, triatomic
 
 from conftest import ROOT
-from mmea_calc.config import MDConfig
+from mmea_calc.config import AdapterConfig, MDConfig, to_dict
 from mmea_calc.errors import DynamicsError, TrajectoryError
 from mmea_calc.files import alone_in
 from mmea_calc.md import checkpoint as checkpoint_module
@@ -382,6 +382,15 @@ def test_whole_numbers_are_the_same_settings(tmp_path: Path) -> None:
     """As a script writes them; the command line reads 300.0."""
     start(tmp_path / "RUN", changed(temperatures_K=(300, 600)))
     start(tmp_path / "RUN", changed(temperatures_K=(300.0, 600.0)), resume=True)
+
+
+def test_numbers_of_numpy_and_single_values_are_settings_too() -> None:
+    given = MDConfig(temperatures_K=np.int64(300), replicas=np.int64(2), time_ps=np.float32(0.5))
+    assert given == MDConfig(temperatures_K=(300,), replicas=2, time_ps=0.5)
+    assert json.loads(json.dumps(to_dict(given)))["temperatures_K"] == [300]
+    assert MDConfig(temperatures_K=np.array([300.0, 600.0])).temperatures_K == (300.0, 600.0)  # type: ignore[arg-type]
+    assert AdapterConfig(targets="products.*").targets == ("products.*",)  # type: ignore[arg-type]
+    assert AdapterConfig().targets is None
 
 
 def test_overwriting_starts_anew_and_leaves_foreign_files(tmp_path: Path) -> None:
