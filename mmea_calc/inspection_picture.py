@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,9 @@ def _draw_gates(part: SubFigure, inspection: Inspection) -> None:
         bar = _colour_bar(part, axes[:, column], norm, "RdBu_r", label)
         if column == 1:
             ticks = [1 / factor, factor**-0.5, 1.0, factor**0.5, factor]
-            bar.set_ticks(ticks, labels=[f"{t:.2g}" for t in ticks])
+            # weak gains differ in late digits
+            style = f".{1 - math.floor(math.log10(factor - 1))}f" if factor < 2 else ".2g"
+            bar.set_ticks(ticks, labels=[format(t, style) for t in ticks])
             bar.minorticks_off()
 
 
