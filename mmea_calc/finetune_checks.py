@@ -39,6 +39,8 @@ def check_writable(output: Path, run_dir: Path) -> None:
         raise TrainingError(f"{output} is there and no adapter: choose another name to write to")
     if run_dir.exists() and not run_dir.is_dir():
         raise TrainingError(f"{run_dir} is a file; expected the name of a run folder")
+    if (run_dir / "trajectory.h5").exists():
+        raise TrainingError(f"{run_dir} is the folder of a run of dynamics; choose another name with --output")
     for target in (output.parent, run_dir):
         existing = next(p for p in (target, *target.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK):

@@ -19,6 +19,7 @@ from typing import Any
 from .evaluation import Evaluation
 from .files import json_ready, write_text
 
+CHECKPOINT = "checkpoint.pt"
 PACKAGES = (
     "mmea",
     "torch",
@@ -45,7 +46,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        return self.path / CHECKPOINT
 
     @property
     def replay(self) -> Path:

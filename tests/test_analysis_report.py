@@ -322,6 +322,21 @@ def test_the_command_prints_the_table_and_where_the_page_is(tmp_path: Path) -> N
     assert json.loads(printed.stdout)["skip_ps"] == pytest.approx(0.02)
 
 
+@pytest.mark.usefixtures("unpainted")
+def test_an_analysis_leaves_nothing_of_an_earlier_one_beside_it(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", n=20)
+    (folder / "analysis").mkdir()
+    for name in ("msd.png", "msd.csv", "notes.txt"):
+        (folder / "analysis" / name).write_text("old")
+    written = {f.name for f in analyse(folder).files}
+    assert "msd.png" not in written
+    assert {p.name for p in (folder / "analysis").iterdir()} == written | {"notes.txt"}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.png").write_text("mine")
+    analyse(folder, tmp_path / "own")
+    assert (tmp_path / "own" / "mine.png").exists()
+
+
 def test_the_command_explains_a_folder_that_is_no_run(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["analyse", str(tmp_path)])
     assert result.exit_code == 1

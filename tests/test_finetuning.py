@@ -462,6 +462,10 @@ def test_what_is_no_adapter_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"train.xyz is there and no adapter"):
         finetune(data, tmp_path / "train.xyz", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
     assert (tmp_path / "train.xyz").read_bytes() == before
+    (tmp_path / "md.run").mkdir()
+    (tmp_path / "md.run/trajectory.h5").write_bytes(b"frames")
+    with pytest.raises(TrainingError, match="folder of a run of dynamics"):
+        finetune(data, tmp_path / "md.adapter", backbone=tiny_backbone(), adapter=SMALL, training=QUICK)
     with pytest.raises(TrainingError, match="seed must be at least 0"):
         finetune(data, tmp_path / "a", backbone=tiny_backbone(), adapter=SMALL, training=replace(QUICK, seed=-1))
 

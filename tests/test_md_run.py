@@ -405,6 +405,14 @@ def test_overwriting_starts_anew_and_leaves_foreign_files(tmp_path: Path) -> Non
     assert not (tmp_path / "nothing").exists()
 
 
+def test_the_folder_of_a_training_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoint.pt").write_bytes(b"state")
+    with pytest.raises(DynamicsError, match="folder of a training"):
+        start(tmp_path, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "config.json"]
+
+
 def test_overwriting_takes_the_old_analysis_along(tmp_path: Path) -> None:
     start(tmp_path / "RUN")
     (tmp_path / "RUN/analysis").mkdir()

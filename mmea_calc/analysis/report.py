@@ -80,7 +80,8 @@ def analyse(
 
     Args:
         folder: of the run, or its trajectory file.
-        output: folder to write to; `analysis` in the folder of the run unless given. Files there are replaced.
+        output: folder to write to; `analysis` in the folder of the run unless given, and cleared of an
+            earlier analysis then. Files of the same names are replaced.
         skip_ps: beginning of the run that averages, distributions and correlations leave out, ps; a fifth of it
             unless given.
         progress: told what is being worked on.
@@ -114,7 +115,16 @@ def analyse(
     page = target / PAGE
     with replacing(page) as temporary:
         temporary.write_text(_page(run, sections, skip), encoding="utf-8")
+    if output is None:
+        _remove_others(target, files)
     return Analysis(page, (page, *files), tuple(all_rows), tuple(remarks), skip)
+
+
+def _remove_others(folder: Path, files: Sequence[Path]) -> None:
+    """Pictures and tables of an earlier analysis that this one has no counterpart of."""
+    for path in (*folder.glob("*.png"), *folder.glob("*.csv")):
+        if path not in files:
+            path.unlink()
 
 
 def _draw_all(

@@ -31,6 +31,7 @@ from ..config import MDConfig, to_dict
 from ..errors import DynamicsError
 from ..files import alone_in
 from ..potential import Potential
+from ..run_folder import CHECKPOINT as TRAINED
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_whole
 from .minimise import minimise
 from .simulation import Simulation, check_equivariant
@@ -281,6 +282,8 @@ def _prepare(
     if folder.exists() and not folder.is_dir():
         raise DynamicsError(f"{folder} is a file; expected a folder for the run")
     there = (folder / "config.json").exists() or (folder / "trajectory.h5").exists()
+    if (folder / TRAINED).exists():
+        raise DynamicsError(f"{folder} is the folder of a training; give another one (--output)")
     if resume and overwrite:
         raise DynamicsError("resume and overwrite exclude each other: choose one")
     if not resume:
