@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from mmea_calc.backbone import Backbone
-    from mmea_calc.config import TrainConfig
     from mmea_calc.dataset import Dataset
     from mmea_calc.finetuning import FinetuneResult
     from mmea_calc.preflight import PreflightReport
@@ -33,6 +31,7 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
         MMEAError: of any kind, see `mmea_calc.finetuning`; also where training did not help, or where dynamics that
             were asked for fail.
     """
+    from mmea_calc.adapter_file import backbone_for
     from mmea_calc.finetuning import finetune as train_adapter
 
     from .console import out
@@ -44,7 +43,9 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
     if team.leads:
         warn_if_busy(training.device)
     train, valid, test = read_sets(train_files, options)
-    backbone = _load_backbone(options, training)
+    backbone = backbone_for(
+        options["backbone"], options["init"], head=options["head"], device=training.device, dtype=training.dtype
+    )
     _introduce(backbone)
     report = show_report(train, valid, test, backbone)
     _count(backbone, settings)
@@ -107,27 +108,6 @@ def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
     if not verdict["passed"]:
         raise TrainingError(f"the dynamics check failed, see the events above; the verdict is in {path}")
     say(f"dynamics over {verdict['time_ps']:.3g} ps at 300, 600 and 1200 K: passed; the verdict is in {path}")
-
-
-def _load_backbone(options: Mapping[str, Any], training: TrainConfig) -> Backbone:
-    """What was asked for, else that of the adapter to start from, else the default. Raises MMEAError."""
-    from mmea_calc.adapter_file import read_adapter
-    from mmea_calc.backbone import load_backbone
-
-    how: dict[str, Any] = {"head": options["head"], "device": training.device, "dtype": training.dtype}
-    if options["init"]:
-        return read_adapter(options["init"]).load_backbone(options["backbone"], **how)
-    return load_backbone(backbone_of(options), **how)
-
-
-def backbone_of(options: Mapping[str, Any]) -> str:
-    """Name or path: what was asked for, else that of the adapter to start from, else the default."""
-    from mmea_calc.adapter_file import read_adapter
-    from mmea_calc.config import DEFAULT_BACKBONE
-
-    if options["backbone"]:
-        return str(options["backbone"])
-    return read_adapter(options["init"]).backbone if options["init"] else DEFAULT_BACKBONE
 
 
 def read_sets(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -144,27 +144,37 @@ def _run(
     if is_adapter(adapter) and (unseen := read_adapter(adapter).unseen(numbers)):
         typer.echo(f"warning: {adapter} has seen no {', '.join(unseen)} in training: there it extrapolates", err=True)
     potential = open_potential(adapter, device=config.device, dtype=config.dtype, **model)
-    with _Display(Console(stderr=True), config.timestep_fs) as display, _stopped_by_signals() as stop:
-        return run_md(potential, starts, folder, config, **switches, progress=display, stop=stop)
+    with _Display(Console(stderr=True), config.timestep_fs) as display, _until_signal() as go_on:
+        return run_md(potential, starts, folder, config, **switches, progress=display, go_on=go_on)
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed within this context, or a queue asked the process to end; the second time it ends."""
+def _until_signal() -> Iterator[Callable[[int], bool]]:
+    """True until Ctrl-C is pressed within this context, or a queue asks the process to end; the second time it ends."""
     asked: list[int] = []
 
     def note(number: int, frame: object) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        typer.echo("mmea: stopping after this sample; once more to stop at once", err=True)
+        _echo("mmea: stopping after this sample; once more to stop at once")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell has its background processes ignore Ctrl-C.
+    listened = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in listened:
+        signal.signal(number, note)
     try:
-        yield lambda: bool(asked)
+        yield lambda step: not asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in listened:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def _echo(text: str) -> None:
+    """A line on standard error; whoever reads it may be gone (`2>&1 | tee log` and Ctrl-C), and the run goes on."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 class _Display:
@@ -188,7 +198,10 @@ class _Display:
 
     def __call__(self, event: MDProgress) -> None:
         if event.message:
-            self._bar.console.print(event.message, markup=False, highlight=False, soft_wrap=True)
+            if self._live:
+                self._bar.console.print(event.message, markup=False, highlight=False, soft_wrap=True)
+            else:
+                _echo(event.message)
             return
         ps, total = (n * self._timestep_fs / 1000 for n in (event.step, event.n_steps))
         failed = event.n_replicas - event.n_alive
@@ -199,7 +212,7 @@ class _Display:
             self._bar.update(self._task, completed=event.step, total=event.n_steps, time=times, text=text)
         elif (tenth := 10 * event.step // event.n_steps) > self._last_tenth:
             self._last_tenth = tenth
-            typer.echo(f"{times}, {text}", err=True)
+            _echo(f"{times}, {text}")
 
 
 def _print(summary: Summary, folder: Path, as_json: bool) -> None:

@@ -67,15 +67,12 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
     """What to train, the folder of the sweep, and the file of the table."""
     from mmea_calc.sweep import Point, committee, grid
 
-    from .finetune_run import backbone_of
-
     options = settings.options
     if options["sweep"] and options["committee"] is not None:
         raise typer.BadParameter("give one of --sweep and --committee; a sweep over seed=0,1,2 varies the seed too")
     if wrong := [name for name in _SINGLE if options[name]]:
         raise typer.BadParameter(f"--{wrong[0].replace('_', '-')} is for a single training")
     taken = {name: options[name] for name in _TAKEN}
-    taken["backbone"] = backbone_of(options)
     output, stem = options["output"], Path(train[0].stem)
     if options["sweep"]:
         folder = output or Path(f"{stem}.sweep")
@@ -91,11 +88,12 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
 
 def _check(point: Point) -> None:
     """Files that are wrong are wrong for all points: the report on them comes before the first is started."""
-    from mmea_calc.backbone import load_backbone
+    from mmea_calc.adapter_file import backbone_for
 
     from .finetune_run import read_sets, show_report
 
-    backbone = load_backbone(point.options["backbone"], head=point.options["head"], device="cpu")
+    options = point.options
+    backbone = backbone_for(options["backbone"], options["init"], head=options["head"], device="cpu")
     show_report(*read_sets(list(point.train), point.options), backbone)
 
 

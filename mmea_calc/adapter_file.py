@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .backbone import Backbone, load_backbone
-from .config import AdapterConfig, from_dict, to_dict
+from .config import DEFAULT_BACKBONE, AdapterConfig, from_dict, to_dict
 from .errors import AdapterFileError, BackboneNotFoundError
 from .files import json_ready, replacing
 
@@ -142,6 +142,26 @@ class AdapterFile:
 
     def _where(self) -> str:
         return f"{self.path}: " if self.path else ""
+
+
+def backbone_for(
+    given: str | Path | None, start: AdapterFile | str | Path | None = None, *, head: str | None = None, **how: Any
+) -> Backbone:
+    """The backbone of a training.
+
+    Args:
+        given: name or path that was asked for; None: that of `start`, else the default.
+        start: an adapter to start from, or its path.
+        head, how: as `mmea_calc.backbone.load_backbone` takes them.
+
+    Raises:
+        AdapterFileError: `start` cannot be read.
+        BackboneError: it cannot be found or read.
+    """
+    if start is None:
+        return load_backbone(given or DEFAULT_BACKBONE, head=head, **how)
+    file = start if isinstance(start, AdapterFile) else read_adapter(start)
+    return file.load_backbone(given, head=head, **how)
 
 
 def write_adapter(path: str | Path, adapter: AdapterFile) -> Path:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from .adapted import Adapter, attach
-from .adapter_file import AdapterFile, read_adapter, write_adapter
+from .adapter_file import AdapterFile, backbone_for, read_adapter, write_adapter
 from .auto import AUTO, Decision, decide
-from .backbone import Backbone, load_backbone
-from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, to_dict
+from .backbone import Backbone
+from .config import AdapterConfig, TrainConfig, to_dict
 from .data import split
 from .dataset import Dataset
 from .errors import AdapterError, TrainingError
@@ -34,7 +34,7 @@ from .potential import Potential
 from .preflight import PreflightReport, preflight
 from .reference_energies import ReferenceEnergies, resolve_reference_energies
 from .replay import Replay, replay_structures
-from .run_folder import RunFolder, versions
+from .run_folder import DATA, RunFolder, versions
 from .sparsity import Sparsity, sparsity
 from .steps import Training, whole
 from .team import SOLO, Team
@@ -135,11 +135,7 @@ def finetuning(
     if team.leads:
         check_writable(output, run_dir)
     if not isinstance(backbone, Backbone):
-        how: dict[str, Any] = {"head": head, "device": training.device, "dtype": training.dtype}
-        if start is None:
-            backbone = load_backbone(backbone or DEFAULT_BACKBONE, **how)
-        else:
-            backbone = start.load_backbone(backbone, **how)
+        backbone = backbone_for(backbone, start, head=head, device=training.device, dtype=training.dtype)
     if start is not None:
         start.check_backbone(backbone)
     report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
@@ -411,7 +407,7 @@ class _Run:
             "report": self.report.to_dict(),
             "split": {"train": self.train.indices, "valid": self.valid.indices, "seed": self.training.seed},
         }
-        self.folder.write_json("data.json", data)
+        self.folder.write_json(DATA, data)
 
     def _sparsity(self, trainer: Trainer) -> Sparsity | None:
         """Of a method that leaves entries unchanged: told, and kept path by path."""

@@ -19,7 +19,7 @@ from typing import Any
 from .evaluation import Evaluation
 from .files import json_ready, write_text
 
-CHECKPOINT = "checkpoint.pt"
+DATA = "data.json"
 PACKAGES = (
     "mmea",
     "torch",
@@ -46,7 +46,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
+        return self.path / "checkpoint.pt"
 
     @property
     def replay(self) -> Path:
@@ -92,6 +92,11 @@ class RunFolder:
         for name, evaluation in evaluations.items():
             title = f"{evaluation.dataset.name}: {len(evaluation.dataset)} structures"
             plots.parity(evaluation.parity(), self.path / f"parity_{name}.png", title=title)
+
+
+def is_training(folder: Path) -> bool:
+    """Whether it is the folder of a training, at whatever stage."""
+    return (folder / DATA).exists()
 
 
 def versions() -> dict[str, str]:

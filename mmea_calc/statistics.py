@@ -12,6 +12,8 @@ from .errors import DataError
 
 FloatArray = NDArray[np.floating[Any]]
 
+# Fewer samples than this give a mean without an error.
+LEAST_SAMPLES = 16
 # Values whose Fourier transforms are held in memory at once by `correlation`; 2**22 complex numbers are 64 MiB.
 _TRANSFORMED_AT_ONCE = 2**22
 

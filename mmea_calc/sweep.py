@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
+from .config import AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
 from .errors import MMEAError, TrainingError
 from .files import json_ready, write_text
 from .memory import keep_freed_memory
@@ -308,20 +308,20 @@ def _in_one_batch(points: Sequence[Point], told: Callable[[Outcome], None]) -> l
     return OneBatch(Potential(_load(_backbone_of(points[0])))).run([training(point) for point in points])
 
 
-_BackboneKey = tuple[Any, Any, str, Any]
+_BackboneKey = tuple[Any, Any, Any, str, Any]
 
 
 def _backbone_of(point: Point) -> _BackboneKey:
-    """Name or path, head, device and precision."""
+    """Name or path, the adapter to start from, head, device and precision."""
     options, training = point.options, point.training
-    return options.get("backbone"), options.get("head"), training.device, training.dtype
+    return options.get("backbone"), options.get("init"), options.get("head"), training.device, training.dtype
 
 
 def _load(key: _BackboneKey) -> Backbone:
-    from .backbone import load_backbone
+    from .adapter_file import backbone_for
 
-    name, head, device, dtype = key
-    return load_backbone(name or DEFAULT_BACKBONE, head=head, device=device, dtype=dtype)
+    name, init, head, device, dtype = key
+    return backbone_for(name, init, head=head, device=device, dtype=dtype)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -154,6 +155,16 @@ def test_events_are_shown(tmp_path: Path) -> None:
     result = analyse(folder)
     assert [row.events for row in result.rows] == ["", "", "", "failed at 0.004 ps: too hot"]
     assert "failed at 0.004 ps: too hot" in result.page.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_events_of_a_run_of_an_early_version_are_in_its_summary(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", n=20)
+    with h5py.File(folder / "trajectory.h5", "r+") as file:
+        del file["parameters/events"]
+    event = {"replica": "start0-900K-1", "step": 8, "time_ps": 0.004, "kind": "failed", "detail": "too hot"}
+    (folder / "summary.json").write_text(json.dumps({"replicas": [{"events": [event]}, {"events": []}]}))
+    assert [row.events for row in analyse(folder).rows] == ["", "", "", "failed at 0.004 ps: too hot"]
 
 
 @pytest.mark.parametrize("content", [None, b"text"])
@@ -326,11 +337,11 @@ def test_the_command_prints_the_table_and_where_the_page_is(tmp_path: Path) -> N
 def test_an_analysis_leaves_nothing_of_an_earlier_one_beside_it(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", n=20)
     (folder / "analysis").mkdir()
-    for name in ("msd.png", "msd.csv", "notes.txt"):
+    for name in ("msd.png", "msd-start1.csv", "notes.txt", "mine.png"):
         (folder / "analysis" / name).write_text("old")
     written = {f.name for f in analyse(folder).files}
     assert "msd.png" not in written
-    assert {p.name for p in (folder / "analysis").iterdir()} == written | {"notes.txt"}
+    assert {p.name for p in (folder / "analysis").iterdir()} == written | {"notes.txt", "mine.png"}
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "mine.png").write_text("mine")
     analyse(folder, tmp_path / "own")

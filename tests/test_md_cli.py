@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from mmea_calc.md.run import MDProgress
 from mmea_calc.md.trajectory import read_settings, replica_names
 from mmea_cli.main import app
+from mmea_cli.md import _until_signal
 from mmea_cli.units import femtoseconds, per_femtosecond
 
 
@@ -107,6 +108,28 @@ def test_a_signal_stops_a_run_where_it_can_be_gone_on_with(
     finished = mmea(*command, "--resume", "--json")
     assert finished.exit_code == 0, finished.output
     assert json.loads(finished.stdout)["steps"] == 8
+
+
+def test_a_signal_is_heard_when_nobody_reads_the_terminal_and_not_when_it_is_to_be_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(typer, "echo", gone)
+    with _until_signal() as go_on:
+        assert go_on(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not go_on(0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a background process of a shell
+    try:
+        with _until_signal() as go_on:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert go_on(0)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path, water: Path) -> None:

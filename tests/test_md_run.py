@@ -27,9 +27,10 @@ from mmea_calc.md import run_md, trajectory_writer
 from mmea_calc.md.checkpoint import read_checkpoint
 from mmea_calc.md.convert import convert_trajectory
 from mmea_calc.md.run import MDProgress
-from mmea_calc.md.summary import Summary
+from mmea_calc.md.summary import Summary, conserved_drift
 from mmea_calc.md.trajectory import OBSERVABLES, read_events, read_replica, read_settings, replica_names
 from mmea_calc.md.trajectory_writer import Settings, TrajectoryWriter
+from mmea_calc.statistics import block_average, drift
 
 CONFIG = MDConfig(
     temperatures_K=(300.0, 600.0),
@@ -160,7 +161,7 @@ def test_steps_that_do_not_increase_are_refused(tmp_path: Path) -> None:
     for step in (5, 4):
         with pytest.raises(TrajectoryError, match="increase"):
             frame(trajectory, step)
-    trajectory.flush()
+    trajectory.flush([])
     with pytest.raises(TrajectoryError, match=r"step 5 after step 5"):
         frame(trajectory, 5)
     resumed = writer(tmp_path, resume_at=5)
@@ -173,11 +174,11 @@ def test_resuming_cuts_off_later_frames(tmp_path: Path) -> None:
     trajectory = writer(tmp_path)
     for step in range(0, 50, 5):
         frame(trajectory, step)
-        trajectory.flush()
+        trajectory.flush([])
     resumed = writer(tmp_path, resume_at=22)
     assert read_replica(tmp_path, "start0-300K-0").steps.tolist() == [0, 5, 10, 15, 20]
     frame(resumed, 25)
-    resumed.flush()
+    resumed.flush([])
     assert read_replica(tmp_path, "start0-300K-0").positions[:, 0, 0].tolist() == [0, 5, 10, 15, 20, 25]
 
 
@@ -194,7 +195,7 @@ def test_the_visible_file_is_complete_while_a_reader_holds_it(tmp_path: Path) ->
         assert reader.stdout.readline() == "open\n"
         for step in range(5):
             frame(trajectory, step)
-            trajectory.flush()
+            trajectory.flush([])
             assert read_replica(tmp_path, "start0-300K-0").steps.tolist() == list(range(step + 1))
         reader.communicate("done\n", timeout=30)
     assert reader.returncode == 0
@@ -206,7 +207,7 @@ def test_the_file_is_complete_wherever_writing_stops(
 ) -> None:
     trajectory = writer(tmp_path)
     frame(trajectory, 0)
-    trajectory.flush()
+    trajectory.flush([])
     frame(trajectory, 1)
     renames = []
 
@@ -232,12 +233,12 @@ def test_the_file_is_complete_wherever_writing_stops(
         else:
             patch.setattr(os, "replace", rename)
         with pytest.raises(InterruptedRunError):
-            trajectory.flush()
+            trajectory.flush([])
     expected = [0, 1] if moment == "second rename" else [0]
     assert read_replica(tmp_path, "start0-300K-0").steps.tolist() == expected
     resumed = writer(tmp_path, resume_at=0)
     frame(resumed, 1)
-    resumed.flush()
+    resumed.flush([])
     assert read_replica(tmp_path, "start0-300K-0").steps.tolist() == [0, 1]
 
 
@@ -322,8 +323,7 @@ def test_a_longer_time_goes_on_with_a_finished_run(tmp_path: Path) -> None:
 
 def test_a_run_that_is_told_to_stop_loses_no_step(tmp_path: Path) -> None:
     start(tmp_path / "whole")
-    seen: list[int] = []
-    summary = start(tmp_path / "parts", progress=lambda e: seen.append(e.step), stop=lambda: seen[-1] >= 38)
+    summary = start(tmp_path / "parts", go_on=lambda step: step < 38)
     assert summary.steps == read_checkpoint(tmp_path / "parts/checkpoint.safetensors").state.step == 38
     assert json.loads((tmp_path / "parts/summary.json").read_text())["steps"] == 38
     start(tmp_path / "parts", resume=True)
@@ -339,7 +339,7 @@ def test_a_failed_replica_stays_failed_when_resumed(tmp_path: Path) -> None:
     again.broken = (31, 1)
     with pytest.raises(InterruptedRunError):
         start(tmp_path / "parts", potential=again, progress=interrupt_at(62))
-    assert [e["replica"] for e in read_events(tmp_path / "parts")] == ["start0-300K-1"]  # without any summary
+    assert [e["replica"] for e in read_events(tmp_path / "parts") or ()] == ["start0-300K-1"]  # without any summary
     resumed = start(tmp_path / "parts", resume=True)  # the potential is sound again
     assert resumed.failed == whole.failed
     row = next(r for r in resumed.replicas if r.failed)
@@ -407,10 +407,10 @@ def test_overwriting_starts_anew_and_leaves_foreign_files(tmp_path: Path) -> Non
 
 def test_the_folder_of_a_training_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "checkpoint.pt").write_bytes(b"state")
+    (tmp_path / "data.json").write_text("{}")
     with pytest.raises(DynamicsError, match="folder of a training"):
         start(tmp_path, overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "data.json"]
 
 
 def test_overwriting_takes_the_old_analysis_along(tmp_path: Path) -> None:
@@ -618,3 +618,33 @@ def test_a_write_that_the_system_refuses_leaves_the_file_of_the_last_checkpoint(
     assert 20 <= read_replica(tmp_path / "RUN", "start0-300K-0").steps[-1] < 500
     start(tmp_path / "RUN", config, starts=[triatomic()], resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "RUN")
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_errors_from_enough_samples_on(tmp_path: Path) -> None:
+    short = start(tmp_path / "short", changed(time_ps=0.014)).replicas[0]  # 15 samples
+    assert short.temperature_K is not None
+    assert short.temperature_error_K is short.drift_meV_per_atom_ps is short.drift_error_meV_per_atom_ps is None
+    row = start(tmp_path / "RUN").replicas[0]
+    stored = read_replica(tmp_path / "RUN", row.replica)
+    half = block_average(stored.observables["temperature"][25:])
+    assert (row.temperature_K, row.temperature_error_K) == (half.mean, half.error)
+    conserved = 1000 * stored.observables["conserved_energy"] / 3
+    line = drift(stored.sample_times_ps, conserved, walks=True)
+    assert row.drift_meV_per_atom_ps == pytest.approx(line.slope)
+    assert row.drift_error_meV_per_atom_ps == pytest.approx(line.error)
+
+
+def test_the_conserved_energy_walks_where_there_are_random_forces() -> None:
+    rng = np.random.default_rng(0)
+    t, walk = np.arange(100.0), np.cumsum(rng.normal(size=100))
+    for settings, walks in (
+        (dict(ensemble="nvt", friction_per_fs=0.01), True),
+        (dict(ensemble="nvt", friction_per_fs=0.0), False),
+        (dict(ensemble="nve", friction_per_fs=0.01), False),
+    ):
+        assert conserved_drift(t, walk, settings) == drift(t, walk, walks=walks)
+    assert drift(t, walk, walks=True) != drift(t, walk)
+    assert np.isnan(conserved_drift(t[:15], walk[:15], dict(ensemble="nve")).slope)

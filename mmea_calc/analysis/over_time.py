@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..statistics import block_average
+from ..statistics import LEAST_SAMPLES, block_average
 from .quantity import Columns, Line, Panel, Quantity, Selection, extend, finite, temperatures
 
 TIME = "Time (ps)"
@@ -111,7 +111,7 @@ def blocking(selection: Selection) -> Quantity | None:
         for target_K, replicas in temperatures(selection.replicas):
             for r in replicas:
                 t, y = selection.samples(r, name)
-                if t.size < 16 or np.ptp(y) == 0.0:
+                if t.size < LEAST_SAMPLES or np.ptp(y) == 0.0:
                     continue
                 average = block_average(y)
                 block_fs = average.block_lengths * float(t[1] - t[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,11 @@ def _replica(path: Path, name: str) -> Replica:
 
 
 def _events(path: Path) -> dict[str, tuple[str, ...]]:
+    events, summary = read_events(path), path.with_name("summary.json")
+    if events is None and summary.is_file():
+        rows = json.loads(summary.read_text(encoding="utf-8"))["replicas"]
+        events = [event for row in rows for event in row["events"]]
     told: dict[str, tuple[str, ...]] = {}
-    for e in read_events(path):
+    for e in events or ():
         told[e["replica"]] = (*told.get(e["replica"], ()), f"{e['kind']} at {e['time_ps']:g} ps: {e['detail']}")
     return told

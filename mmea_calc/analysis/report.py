@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -122,8 +123,9 @@ def analyse(
 
 def _remove_others(folder: Path, files: Sequence[Path]) -> None:
     """Pictures and tables of an earlier analysis that this one has no counterpart of."""
-    for path in (*folder.glob("*.png"), *folder.glob("*.csv")):
-        if path not in files:
+    own = re.compile(rf"({'|'.join(make.__name__ for make in QUANTITIES)})(-start\d+)?\.(png|csv)")
+    for path in folder.iterdir():
+        if own.fullmatch(path.name) and path not in files:
             path.unlink()
 
 
@@ -136,7 +138,7 @@ def _draw_all(
         if progress is not None:
             progress(f"{make.__name__}{suffix}")
         if (quantity := make(selection)) is not None:
-            picture = draw(quantity, target / f"{quantity.name}{suffix}.png")
+            picture = draw(quantity, target / f"{make.__name__}{suffix}.png")
             _write_csv(picture.with_suffix(".csv"), quantity.columns)
             done.append((quantity, picture))
     return done

@@ -6,12 +6,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..statistics import block_average, drift
+from ..md.summary import conserved_drift
+from ..statistics import LEAST_SAMPLES, block_average
 from .quantity import Selection, finite
 from .reader import Replica
-
-# Fewer samples than this give a mean without an error.
-LEAST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,8 @@ def rows(selection: Selection) -> list[ReplicaRow]:
 def _row(selection: Selection, replica: Replica) -> ReplicaRow:
     temperature, temperature_error, first = _mean(selection, replica, "temperature")
     potential, potential_error, second = _mean(selection, replica, "potential_energy")
-    slope, slope_error = math.nan, math.nan
     time_fs, conserved = finite(replica, "conserved_energy")
-    if time_fs.size >= 2:
-        walks = selection.run.config.get("ensemble") == "nvt"
-        line = drift(time_fs / 1000.0, 1e3 * conserved / len(replica.numbers), walks=walks)
-        slope, slope_error = line.slope, line.error
+    line = conserved_drift(time_fs / 1000.0, 1e3 * conserved / len(replica.numbers), selection.run.config)
     return ReplicaRow(
         replica=replica.name,
         target_K=replica.target_K,
@@ -73,8 +67,8 @@ def _row(selection: Selection, replica: Replica) -> ReplicaRow:
         temperature_error_K=temperature_error,
         potential_eV=potential,
         potential_error_eV=potential_error,
-        drift_meV_per_atom_ps=slope,
-        drift_error_meV_per_atom_ps=slope_error,
+        drift_meV_per_atom_ps=line.slope,
+        drift_error_meV_per_atom_ps=line.error,
         converged=first and second,
         events="; ".join(selection.run.events.get(replica.name, ())),
     )

@@ -12,9 +12,8 @@ from ase import Atoms
 from ..config import CheckConfig, MDConfig
 from ..md.monitor import Event
 from ..md.record import Record, record
-from ..md.summary import LEAST_SAMPLES
 from ..potential import Potential
-from ..statistics import drift
+from ..statistics import LEAST_SAMPLES, drift
 from .scans import FloatArray
 
 Tick = Callable[[float], None]

@@ -1,7 +1,7 @@
 """`run_md`: dynamics into a run folder.
 
     RUN/config.json             the settings, the potential, the start structures' hash
-    RUN/trajectory.h5           frames and observables (`mmea_calc.md.trajectory`)
+    RUN/trajectory.h5           frames, observables and events (`mmea_calc.md.trajectory`)
     RUN/replicas/*.h5md         one replica each, for MDAnalysis
     RUN/checkpoint.safetensors  what the run goes on from
     RUN/summary.json            the table at the end
@@ -31,7 +31,7 @@ from ..config import MDConfig, to_dict
 from ..errors import DynamicsError
 from ..files import alone_in
 from ..potential import Potential
-from ..run_folder import CHECKPOINT as TRAINED
+from ..run_folder import is_training
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_whole
 from .minimise import minimise
 from .simulation import Simulation, check_equivariant
@@ -80,7 +80,7 @@ def run_md(
     overwrite: bool = False,
     force: bool = False,
     progress: Progress = lambda event: None,
-    stop: Callable[[], bool] = lambda: False,
+    go_on: Callable[[int], bool] = lambda step: True,
 ) -> Summary:
     """Run every start structure at every temperature, all as one batch.
 
@@ -93,14 +93,15 @@ def run_md(
         overwrite: remove the run that is in the folder.
         force: run an adapter whose method is not equivariant.
         progress: told how far it is.
-        stop: asked after every sample; when it says True the run ends there, with a checkpoint to be resumed from.
+        go_on: asked with the number of steps done, before the first one and at every sample and checkpoint; False ends
+            the run there, with a checkpoint to be resumed from.
 
     Returns:
         the table at the end; `steps` tells whether it is the end that was asked for.
 
     Raises:
         DynamicsError: an adapter that is not equivariant; settings that make no sense; the folder holds a run already,
-            or none to resume, or one with other settings. Nothing has been written then.
+            or none to resume, or one with other settings, or a training. Nothing has been written then.
         DataError: a structure that cannot be used.
         TrajectoryError: the trajectory cannot be written; what was there at the last checkpoint is.
     """
@@ -134,7 +135,7 @@ def run_md(
             run.tell(message)
         if checkpoint is None:
             run.begin()
-        return run.finish(stop)
+        return run.finish(go_on)
 
 
 class _Run:
@@ -158,6 +159,8 @@ class _Run:
         self.start_positions = simulation.layout.start_positions() if checkpoint is None else checkpoint.start_positions
         resume_at = None if checkpoint is None else checkpoint.state.step
         self.writer = TrajectoryWriter(folder, _members(simulation), _settings(self.config), resume_at=resume_at)
+        if checkpoint is not None:
+            self._flush()  # of events too the file may be ahead
         self.first_step = resume_at or 0
         self.began = time.monotonic()
         self.replica_steps = 0
@@ -172,12 +175,12 @@ class _Run:
         self._record()
         self._checkpoint()
 
-    def finish(self, stop: Callable[[], bool]) -> Summary:
-        """All steps that are left, unless told to stop, and the summary."""
+    def finish(self, go_on: Callable[[int], bool]) -> Summary:
+        """All steps that are left, unless told to end, and the summary."""
         simulation, config = self.simulation, self.config
         saved = self.step
         alive = int(simulation.monitor.alive.sum())
-        while self.step < config.n_steps and alive and not stop():
+        while self.step < config.n_steps and alive and go_on(self.step):
             ends = [every - self.step % every for every in (config.stats_every, config.restart_every)]
             n = min(*ends, config.n_steps - self.step)
             simulation.advance(n)
@@ -231,10 +234,14 @@ class _Run:
         n = self.simulation.layout.n_replicas
         self.progress(MDProgress(0, self.config.n_steps, 0.0, float("nan"), n, n, message=message))
 
-    def _checkpoint(self) -> None:
-        monitor = self.simulation.monitor
-        events = [e.to_dict() for e in monitor.events]
+    def _flush(self) -> list[dict[str, Any]]:
+        """Frames and samples so far, and all events, which are returned."""
+        events = [e.to_dict() for e in self.simulation.monitor.events]
         self.writer.flush(events)
+        return events
+
+    def _checkpoint(self) -> None:
+        events, monitor = self._flush(), self.simulation.monitor
         content = Checkpoint(self.simulation.state, monitor.state_dict(), self.start_positions, events, self.identity)
         write_checkpoint(self.folder / "checkpoint.safetensors", content)
 
@@ -282,7 +289,7 @@ def _prepare(
     if folder.exists() and not folder.is_dir():
         raise DynamicsError(f"{folder} is a file; expected a folder for the run")
     there = (folder / "config.json").exists() or (folder / "trajectory.h5").exists()
-    if (folder / TRAINED).exists():
+    if is_training(folder):
         raise DynamicsError(f"{folder} is the folder of a training; give another one (--output)")
     if resume and overwrite:
         raise DynamicsError("resume and overwrite exclude each other: choose one")

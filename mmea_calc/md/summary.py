@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..statistics import block_average, drift
+from ..statistics import LEAST_SAMPLES, Drift, block_average, drift
 from .monitor import Event, stable_ps
 from .trajectory import read_replica, read_settings, replica_names
-
-# Fewer samples than this say nothing of an error.
-LEAST_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -26,9 +24,10 @@ class ReplicaSummary:
         replica: name.
         target_K: temperature asked for.
         temperature_K, temperature_error_K: mean over the second half of the run and its standard error
-            (`mmea_calc.statistics.block_average`); None with fewer samples than `LEAST_SAMPLES`.
+            (`mmea_calc.statistics.block_average`), of a short run a lower bound of it; None with fewer samples than
+            `mmea_calc.statistics.LEAST_SAMPLES`.
         drift_meV_per_atom_ps, drift_error_meV_per_atom_ps: slope of the conserved energy over the whole run and its
-            standard error (`mmea_calc.statistics.drift`).
+            standard error (`conserved_drift`).
         length_ps: how far it came.
         stable_ps: until it failed or its bonds changed.
         largest_gate_excess: None without gates.
@@ -73,13 +72,13 @@ class Summary:
 
 def summarise(folder: Path, events: Sequence[Event], *, steps: int, seconds: float, rate: float | None) -> Summary:
     """The summary of a run folder; earlier parts of a resumed run are in it. Raises TrajectoryError."""
-    rows, walks = [], read_settings(folder)["ensemble"] == "nvt"
+    rows, settings = [], read_settings(folder)
     for name in replica_names(folder):
         replica = read_replica(folder, name, frames=False)
         values, time = replica.observables, replica.sample_times_ps
         conserved = values["conserved_energy"] / len(replica.member.numbers) * 1000
         temperature, error = _mean(values["temperature"][len(time) // 2 :])
-        slope, slope_error = _drift(time, conserved, walks=walks)
+        line = conserved_drift(time, conserved, settings)
         length = float(time[-1]) if len(time) else 0.0
         rows.append(
             ReplicaSummary(
@@ -87,8 +86,8 @@ def summarise(folder: Path, events: Sequence[Event], *, steps: int, seconds: flo
                 target_K=replica.member.temperature_K,
                 temperature_K=temperature,
                 temperature_error_K=error,
-                drift_meV_per_atom_ps=slope,
-                drift_error_meV_per_atom_ps=slope_error,
+                drift_meV_per_atom_ps=_known(line.slope),
+                drift_error_meV_per_atom_ps=_known(line.error),
                 length_ps=length,
                 stable_ps=stable_ps(events, name, length),
                 largest_gate_excess=_of(np.max, values["gate_excess"]),
@@ -106,13 +105,26 @@ def _mean(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
     return average.mean, average.error
 
 
-def _drift(
-    time_ps: NDArray[np.float64], energy: NDArray[np.float64], *, walks: bool
-) -> tuple[float | None, float | None]:
+def conserved_drift(
+    time_ps: NDArray[np.floating[Any]], energy: NDArray[np.floating[Any]], settings: Mapping[str, Any]
+) -> Drift:
+    """Drift of the conserved energy of a run.
+
+    Args:
+        time_ps: of the samples, (n_samples,).
+        energy: conserved, (n_samples,), in whatever unit.
+        settings: of the run (`MDConfig` as plain values): random forces make this energy walk at random.
+
+    Returns:
+        per ps; NaN with fewer samples than `LEAST_SAMPLES`.
+    """
     if len(time_ps) < LEAST_SAMPLES:
-        return None, None
-    line = drift(time_ps, energy, walks=walks)
-    return line.slope, line.error
+        return Drift(math.nan, math.nan)
+    return drift(time_ps, energy, walks=settings["ensemble"] == "nvt" and settings["friction_per_fs"] > 0)
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _of(function: Any, values: NDArray[np.float64]) -> float | None:

@@ -145,11 +145,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         return dict(json.loads(file["parameters"].attrs["config"]))
 
 
-def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """What happened to replicas until the last checkpoint (`Event` as plain values). Raises TrajectoryError."""
+def read_events(path: str | Path) -> list[dict[str, Any]] | None:
+    """What happened to replicas until the last checkpoint (`Event` as plain values). Raises TrajectoryError.
+
+    None for a file of an early version, beside which summary.json has them.
+    """
     with _opened(trajectory_file(path)) as file:
         parameters = file["parameters"]
-        return list(json.loads(_text(parameters["events"][()]))) if "events" in parameters else []
+        return list(json.loads(_text(parameters["events"][()]))) if "events" in parameters else None
 
 
 def read_replica(path: str | Path, name: str, *, frames: bool = True) -> ReplicaTrajectory:

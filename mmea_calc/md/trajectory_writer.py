@@ -121,7 +121,7 @@ class TrajectoryWriter:
             raise TrajectoryError(f"{self.path}: steps must increase, got a {what} of step {step} after step {last}")
         return step
 
-    def flush(self, events: Sequence[Mapping[str, Any]] = ()) -> None:
+    def flush(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Make everything so far part of the file, which is on the disk afterwards.
 
         Args:
@@ -134,8 +134,7 @@ class TrajectoryWriter:
             try:
                 everything, told = self._lag + self._new, json.dumps(list(events))
                 _reserve(self._twin, _room(everything, self.members, self.settings) + 2 * len(told))
-                _append(self._twin, self.members, everything, self._split)
-                _set_events(self._twin, told)
+                _append(self._twin, self.members, everything, self._split, told)
                 _to_disk(self._twin)
             except BaseException:
                 self.close()  # a torn twin is of no use, and the disk may be full
@@ -191,15 +190,13 @@ def _set_config(path: Path, settings: Settings) -> None:
         file["parameters"].attrs["config"] = json.dumps(dict(settings.config))
 
 
-def _set_events(path: Path, events: str) -> None:
+def _set_events(parameters: h5py.Group, events: str) -> None:
     """In place of those that the file has; they are few, and most checkpoints bring none."""
-    with _open(path) as file:
-        parameters = file["parameters"]
-        if "events" in parameters:
-            if parameters["events"].asstr()[()] == events:
-                return
-            del parameters["events"]
-        parameters["events"] = events
+    if "events" in parameters:
+        if parameters["events"].asstr()[()] == events:
+            return
+        del parameters["events"]
+    parameters["events"] = events
 
 
 def _create_member(file: h5py.File, member: Member, settings: Settings) -> None:
@@ -287,8 +284,9 @@ def _open(path: Path) -> h5py.File:
     return h5py.File(path, "r+", locking=False)
 
 
-def _append(path: Path, members: Sequence[Member], buffer: _Buffer, split: NDArray[np.int64]) -> None:
+def _append(path: Path, members: Sequence[Member], buffer: _Buffer, split: NDArray[np.int64], events: str) -> None:
     with _open(path) as file:
+        _set_events(file["parameters"], events)
         if buffer.frames:
             steps, times, positions, velocities, alive = zip(*buffer.frames, strict=True)
             by_member = np.split(np.stack(positions), split, axis=1)
