@@ -10,6 +10,8 @@ On other devices a recording runs the function, so that all that stands on it is
 from __future__ import annotations
 
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -21,6 +23,9 @@ T = TypeVar("T")
 # Runs before the recording: libraries make their handles in the first one, TorchScript its code in the second.
 _WARM_UP = 3
 _ONE_AT_A_TIME = threading.Lock()  # torch allows no two recordings at once in a process
+# Streams, by device and handle, of the recordings there are. torch hands out 32 in turns, and closing a recording takes
+# the workspace of matrix products from all that were made on its stream: each has one of its own.
+_STREAMS, _TAKEN = 32, set[tuple[int, int]]()
 
 # Of `Recordings`: a recording takes as long as some five calls, and is not made before shapes have come so often ...
 _SIGHTINGS = 3
@@ -47,7 +52,13 @@ class Recording(Generic[T]):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: T | None = None
         if device.type == "cuda":
-            self._graph, self._result = _record(function, device)
+            stream = _free_stream(device)
+            self._give_back = weakref.finalize(self, _TAKEN.discard, _key(stream))
+            try:
+                self._graph, self._result = _record(function, device, stream)
+            except BaseException:
+                self._give_back()
+                raise
 
     def __call__(self) -> T:
         """The function's result; with a graph, the same tensors every time."""
@@ -61,6 +72,7 @@ class Recording(Generic[T]):
         """Give all memory back: what a graph holds stands in circles of references, which would keep it for long."""
         if self._graph is not None:
             self._graph.reset()
+            self._give_back()
         self._function = self._graph = self._result = None
 
 
@@ -157,9 +169,26 @@ def _copy(of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
         torch._foreach_copy_([to[i] for i in which], [of[i] for i in which])
 
 
-def _record(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
+def _free_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other recording has, from now on taken. Raises RuntimeError where there is none."""
+    with _ONE_AT_A_TIME:
+        for _ in range(_STREAMS):
+            stream = torch.cuda.Stream(device)
+            if _key(stream) not in _TAKEN:
+                _TAKEN.add(_key(stream))
+                return stream
+    raise RuntimeError(f"{_STREAMS} recordings are kept already, as many as torch has streams")
+
+
+def _key(stream: torch.cuda.Stream) -> tuple[int, int]:
+    return stream.device_index, stream.cuda_stream
+
+
+def _record(
+    function: Callable[[], T], device: torch.device, aside: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, T]:
     with _ONE_AT_A_TIME, torch.cuda.device(device):
-        before, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        before = torch.cuda.current_stream(device)
         aside.wait_stream(before)
         # A graph's own context does not leave its stream where ending the recording fails; this one does.
         with torch.cuda.stream(aside):
@@ -177,8 +206,10 @@ def _record(function: Callable[[], T], device: torch.device) -> tuple[torch.cuda
 def _run_without_waiting(function: Callable[[], object]) -> None:
     """Run it once; RuntimeError where it waits for the device, which within a recording would leave that half made."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls this mode a prototype, once; an error it must not become
+            torch.cuda.set_sync_debug_mode("error")
         function()
     finally:
         torch.cuda.set_sync_debug_mode(mode)

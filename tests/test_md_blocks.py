@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from waiting import Nothing, watched_recording
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig, MDConfig
-from mmea_calc.md.blocks import LONGEST, Blocks
+from mmea_calc.md.blocks import LONGEST, Blocks, pays_off
 from mmea_calc.md.simulation import GATES_EVERY, Simulation
 from mmea_calc.md.trajectory import OBSERVABLES
 from mmea_calc.potential import Potential
@@ -217,6 +218,15 @@ def test_bounds_rise_with_the_bath_in_recorded_steps_too(heating: float) -> None
     assert bool(row.monitor.alive) == bool(single.monitor.alive) == (heating > 0)
     assert row.blocks.n_taken == (8 if heating else 0)
     assert_the_same(row, single)
+
+
+def test_the_plain_path_is_taken_where_it_is_asked_for() -> None:
+    def on(device: str, *, fast: bool) -> Any:
+        return SimpleNamespace(device=torch.device(device), backbone=SimpleNamespace(fast=fast))
+
+    assert pays_off(on("cuda", fast=True))
+    assert not pays_off(on("cuda", fast=False))
+    assert not pays_off(on("cpu", fast=True))
 
 
 def test_many_edges_are_not_worth_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

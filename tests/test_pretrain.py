@@ -18,11 +18,12 @@ from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 from ase.formula import Formula
 
-from mmea_calc.backbone import Backbone, load_backbone, save_backbone
+from mmea_calc.backbone import BACKBONE_FOLDER, Backbone, load_backbone, save_backbone
 from mmea_calc.errors import BackboneError, DataError, MMEAError, TrainingError
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain import choose, label, walls
 from mmea_calc.pretrain.__main__ import main
+from mmea_calc.pretrain.average import average
 from mmea_calc.pretrain.choose import interleaved, ordered
 from mmea_calc.pretrain.dataset import PackedSet, read_arrays, read_e0
 from mmea_calc.pretrain.train import ELEMENTS, PretrainConfig, pretrain
@@ -83,6 +84,23 @@ def test_the_file_gives_the_errors_that_the_run_has_told(whole_run: Path, few: P
     assert found.forces is not None
     told = made.config["training"]["valid_forces_mae_meV_per_A"]
     assert 1e3 * float((found.forces - labels.forces).abs().mean()) == pytest.approx(told, rel=1e-4)
+
+
+def test_the_mean_of_two_stages_is_that_of_their_weights(
+    few: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = pretrain(data=few, out=tmp_path, name="second", start=whole_run, settings=SHORT)
+    out = tmp_path / "mean.safetensors"
+    assert main(["average", str(whole_run), str(second), "--out", str(out)]) == 0
+    one, other, mean = (dict(load_backbone(p).network.named_parameters()) for p in (whole_run, second, out))
+    assert all(torch.equal(tensor, (one[name] + other[name]) / 2) for name, tensor in mean.items())
+    assert not all(torch.equal(tensor, one[name]) for name, tensor in mean.items())
+    assert load_backbone(out).fingerprint == capsys.readouterr().out.strip()
+    xtb = BACKBONE_FOLDER / "mmea-organic-s2-xtb.safetensors"
+    for wrong, words in (([whole_run], "two backbones or more"), ([xtb, whole_run], "not stages of one network")):
+        with pytest.raises(BackboneError, match=words):
+            average(wrong, tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_trained_frequencies_are_part_of_the_fingerprint(whole_run: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from test_md_blocks import carbon, potential
 from waiting import Nothing, watched_recording
 
 from conftest import crystal, ethanol
-from mmea_calc import MMEACalculator
+from mmea_calc import MMEACalculator, recorded
 from mmea_calc.errors import DataError
 from mmea_calc.potential import Potential, Prediction
 from mmea_calc.recorded import Recording
@@ -160,6 +162,38 @@ def test_recordings_that_are_replaced_give_their_memory_back(monkeypatch: pytest
     assert [recording._function is None for recording in made] == [True, True, False]
 
 
+def test_no_two_recordings_are_made_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's streams come in turns, and closing a recording frees what all those of its stream compute in."""
+    handles = cycle(range(3))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(device_index=0, cuda_stream=next(handles)))
+    monkeypatch.setattr(recorded, "_TAKEN", taken := set[tuple[int, int]]())
+    monkeypatch.setattr(recorded, "_STREAMS", 3)
+    device = torch.device("cuda", 0)
+    assert [recorded._free_stream(device).cuda_stream for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="as many as torch has streams"):
+        recorded._free_stream(device)
+    taken.discard((0, 1))
+    assert recorded._free_stream(device).cuda_stream == 1
+
+
+def test_a_recording_that_fails_gives_its_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("waits")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(device_index=0, cuda_stream=7))
+    monkeypatch.setattr(recorded, "_TAKEN", taken := set[tuple[int, int]]())
+    monkeypatch.setattr(recorded, "_record", fail)
+    with pytest.raises(RuntimeError, match="waits"):
+        Recording(lambda: None, torch.device("cuda"))
+    assert not taken
+    graph = SimpleNamespace(reset=lambda: None)
+    monkeypatch.setattr(recorded, "_record", lambda *_: (graph, None))
+    one = Recording(lambda: None, torch.device("cuda"))
+    assert taken == {(0, 7)}
+    one.close()
+    assert not taken
+
+
 def test_nothing_in_a_recorded_call_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     Watched, found = watched_recording()
     monkeypatch.setattr("mmea_calc.recorded_call.Recording", Watched)
@@ -171,16 +205,16 @@ def test_nothing_in_a_recorded_call_waits_for_the_device(monkeypatch: pytest.Mon
 
 def test_dynamics_of_ase_with_recorded_calls_are_those_without() -> None:
     ends = []
-    for recorded in (False, True):
+    for records in (False, True):
         calculator = MMEACalculator(adapter(), backbone=backbone_path(), dtype="float64", device="cpu")
         atoms = ethanol()
         atoms.positions *= 1.15
         atoms.calc = calculator
-        if recorded:
+        if records:
             calculator._recorded = RecordedCall(calculator.potential)
         VelocityVerlet(atoms, 0.5 * units.fs).run(20)
         ends.append((atoms.positions.copy(), atoms.get_potential_energy()))
-        if recorded:
+        if records:
             assert calculator._recorded is not None
             assert 10 <= calculator._recorded.n_calls <= 20  # not where a bond is shorter than those seen
             with calculator.adapter_disabled():

@@ -32,12 +32,18 @@ from .neighbours import Pairs
 from .state import State, where
 
 if TYPE_CHECKING:
+    from ..potential import Potential
     from .simulation import Simulation
 
 LONGEST = 16  # steps in a block
 # A list is renewed before a block when an atom has moved this share of the skin, within it at a half.
 _EARLY = 0.35
 _KEPT = 2  # of them at a time
+
+
+def pays_off(potential: Potential) -> bool:
+    """Whether blocks are worth taking: on a GPU, unless the plain path was asked for."""
+    return potential.device.type == "cuda" and potential.backbone.fast
 
 
 class Blocks:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import MDConfig
 from ..errors import DataError, DynamicsError
 from ..potential import Potential
-from .blocks import LONGEST, Blocks
+from .blocks import LONGEST, Blocks, pays_off
 from .forces import ReplicaForces
 from .integrators import BAOAB, Integrator, VelocityVerlet
 from .monitor import Monitor
@@ -32,7 +32,8 @@ class Simulation:
         starts: start structures; their velocities, if they have any, are not used.
         config: the settings. Times, devices and what concerns files are the caller's business.
         skin: of the neighbour lists, A.
-        blocks: take several steps in a row where that is possible; None: on a GPU.
+        blocks: take several steps in a row where that is possible; None: on a GPU, unless the backbone was loaded
+            with `fast=False`.
 
     Attributes:
         layout: which replicas there are.
@@ -74,8 +75,7 @@ class Simulation:
             else VelocityVerlet(self.layout, timestep)
         )
         self.state: State
-        wanted = potential.device.type == "cuda" if blocks is None else blocks
-        self.blocks = Blocks(self) if wanted else None
+        self.blocks = Blocks(self) if (pays_off(potential) if blocks is None else blocks) else None
 
     def start(self) -> None:
         """Step 0: initial velocities and forces."""

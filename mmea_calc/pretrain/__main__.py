@@ -107,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
     walls.add_argument("--cheap", type=Path, required=True, help="folder with e0.json of GFN2-xTB")
     walls.add_argument("--out", type=Path, required=True, help=".npz file to write")
 
+    average = commands.add_parser("average", help="the mean of the weights of several stages")
+    average.add_argument("stages", type=Path, nargs="+", metavar="STAGE.safetensors", help="two or more")
+    average.add_argument("--out", type=Path, required=True, help=".safetensors file to write")
+
     train = commands.add_parser("train", help="one stage of training; time-boxed and resumable")
     train.add_argument(
         "--data", type=Path, required=True, help="folder with train-*.npz, valid.npz, e0.json, level.txt"
@@ -136,6 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             settings = PretrainConfig(**{f.name: options.pop(f.name) for f in fields(PretrainConfig)})
             print(pretrain(settings=settings, progress=lambda line: print(line, flush=True), **options))
+        elif command == "average":
+            from .average import average
+
+            print(average(options["stages"], options["out"]))
         elif command == "choose":
             from ..md import open_potential
             from .choose import choose
