@@ -142,8 +142,6 @@ def _check_make(network: nn.Module, method: Method, wanted: Callable[[str], bool
 
 
 def _check_targets(config: AdapterConfig, names: Iterable[str]) -> None:
-    if isinstance(config.targets, str):
-        raise AdapterError(f"targets must be a sequence of patterns, got the text {config.targets!r}")
     names = list(names)
     if idle := [p for p in config.targets or () if not any(fnmatchcase(name, p) for name in names)]:
         raise AdapterError(
