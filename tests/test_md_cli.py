@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_a_failed_replica_is_told_by_the_exit_code(tmp_path: Path, water: Path) 
     assert "failed at 0 ps" in result.stdout
 
 
+@pytest.fixture
+def _as_in_a_terminal() -> Iterator[None]:
+    """Signals are heard; tests in a background process of a shell would have Ctrl-C ignored."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_a_run_where_it_can_be_gone_on_with(
     tmp_path: Path, water: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -110,6 +122,7 @@ def test_a_signal_stops_a_run_where_it_can_be_gone_on_with(
     assert json.loads(finished.stdout)["steps"] == 8
 
 
+@pytest.mark.usefixtures("_as_in_a_terminal")
 def test_a_signal_is_heard_when_nobody_reads_the_terminal_and_not_when_it_is_to_be_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -123,13 +136,10 @@ def test_a_signal_is_heard_when_nobody_reads_the_terminal_and_not_when_it_is_to_
         assert not go_on(0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a background process of a shell
-    try:
-        with _until_signal() as go_on:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert go_on(0)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _until_signal() as go_on:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert go_on(0)
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path, water: Path) -> None:
