@@ -116,7 +116,7 @@ def run_md(
         if folder.is_dir():
             held.enter_context(alone_in(folder, DynamicsError))
         checkpoint = _prepare(folder, identity, config, resume=resume, overwrite=overwrite)
-        if checkpoint is not None:
+        if checkpoint is not None and config.minimize:
             # degrees of freedom are those of the relaxed structures
             simulation = Simulation(potential, _started_from(simulation, checkpoint.start_positions), config)
         held.enter_context(potential.folded())
