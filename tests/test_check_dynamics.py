@@ -48,7 +48,7 @@ def test_the_bath_follows_the_ramp() -> None:
     layout = Layout(replicas_of([triatomic()], config))
     dt, friction, per_step = 0.5 * units.fs, 0.01 / units.fs, 0.25
 
-    def noise(step: int) -> Tensor:
+    def noise(step: int | Tensor) -> Tensor:
         return torch.zeros(3, 3)
 
     heated = BAOAB(layout, dt, friction, noise, heating=per_step)

@@ -13,12 +13,14 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from small_adapter import ENERGIES, trained
+from torch import Tensor
 from waiting import Nothing, watched_recording
 
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig, MDConfig
 from mmea_calc.md.blocks import LONGEST, Blocks, pays_off
+from mmea_calc.md.integrators import BAOAB
 from mmea_calc.md.simulation import GATES_EVERY, Simulation
 from mmea_calc.md.trajectory import OBSERVABLES
 from mmea_calc.potential import Potential
@@ -197,6 +199,11 @@ def test_the_bath_is_heated_in_recorded_steps_too() -> None:
     assert row.blocks is not None
     assert row.blocks.n_taken == 24
     assert_the_same(row, simulate((ethanol(), crystal()), 24, blocks=False, **heated))
+    for step in (0, 7, 2**33):
+        several = torch.arange(step, step + 20)
+        assert isinstance(row.integrator, BAOAB)
+        for function in (row.integrator.kick, row.monitor.bounds_after):
+            assert torch.equal(function(several), torch.stack([function(k) for k in several.tolist()]))
     # 240 K more at the end than without: another run
     assert not torch.allclose(row.state.velocities, simulate((ethanol(), crystal()), 24, blocks=True).state.velocities)
 
@@ -239,11 +246,45 @@ def test_many_edges_are_not_worth_a_block(monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_in_a_recorded_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     Watched, watched = watched_recording()
     monkeypatch.setattr("mmea_calc.md.blocks.Recording", Watched)
-    row = simulate((ethanol(), crystal()), 16, blocks=True)
+    row = simulate((ethanol(), crystal()), 16, blocks=True, heating_K_per_ps=1000.0)
     assert row.blocks is not None
     assert row.blocks.n_taken == 16
-    assert len(watched) == 16
+    assert len(watched) == 16 + 2  # two blocks, each with noise and bounds once
     assert set().union(*watched) == set()
+
+
+def test_noise_in_recorded_steps_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number of a block is made for a step that the host names, once the first one was compared."""
+    row = simulate((ethanol(),), 8, blocks=True, heating_K_per_ps=1000.0)
+    normals, asked = row.noise.normals, []
+
+    def seen(step: int | Tensor, stream: int = 0) -> Tensor:
+        asked.append(step)
+        return normals(step, stream)
+
+    monkeypatch.setattr(row.integrator, "noise", seen)
+    row.advance(16)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 24
+    assert [t.tolist() for t in asked if isinstance(t, Tensor)] == [[*range(8, 24)], [*range(16, 32)]]
+    assert len(asked) == 2
+    assert_the_same(row, simulate((ethanol(),), 24, blocks=False, heating_K_per_ps=1000.0))
+
+
+@pytest.mark.parametrize("what", ["kick", "bounds_after"])
+def test_recorded_noise_of_other_steps_is_found_out(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    row = simulate((ethanol(),), 0, blocks=True, heating_K_per_ps=1e6, max_temperature_K=None, time_ps=0.02)
+    of = row.integrator if what == "kick" else row.monitor
+    right = getattr(of, what)
+
+    def shifted(step: int | Tensor) -> Tensor:
+        return right(step + 1 if isinstance(step, Tensor) else step)
+
+    monkeypatch.setattr(of, what, shifted)
+    with pytest.warns(UserWarning, match="one by one .recorded noise or bounds are not"):
+        row.advance(8)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 0
 
 
 def test_what_cannot_be_recorded_is_told_once_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,15 @@ def test_noise_differs_between_seeds_replicas_steps_and_purposes() -> None:
     assert replica_key(1, "1") != replica_key(11, "")
 
 
+@pytest.mark.parametrize("first", [0, 5, 2**32 - 3])
+def test_noise_of_several_steps_is_that_of_each(first: int) -> None:
+    noise = Noise(3, ["a", "b"], [4, 3])
+    steps = torch.arange(first, first + 20)
+    several = noise.normals(steps)
+    assert several.shape == (20, 7, 3)
+    assert torch.equal(several, torch.stack([noise.normals(k) for k in steps.tolist()]))
+
+
 # --- BAOAB -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
 """Several steps in a row without a word from the host: recorded once, started as one (`recorded`).
 
 A step of a small molecule is a thousand operations of a few microseconds, integrator and monitor among them, and a GPU
-waits for each to be started. Here a whole step is one recording: positions and edges of the network, forces, BAOAB with
-its noise, the monitor's bounds. To have fixed shapes the edges are all candidates of the neighbour list (`FullTable`).
+waits for each to be started. Here a whole step is one recording: positions and edges of the network, forces, BAOAB, the
+monitor's bounds. To have fixed shapes the edges are all candidates of the neighbour list (`FullTable`). What depends on
+the number of a step alone, noise and bounds of a bath that is heated, is a recording of its own, for a block at once.
 
 What a recording cannot do, the ordinary step does. Every step notes whether it would have been one for that: a replica
 fails, a network is in doubt (atoms closer than in training), an atom has left the skin. At the end of a block the host
@@ -59,7 +60,6 @@ class Blocks:
         self.n_taken = 0
         self._kept: dict[int, _Steps] = {}
         self._values = Values()
-        self._proven = False
         self._wait, self._patience = 0, 0
 
     def take(self, n: int, *, look: bool) -> list[Tensor] | None:
@@ -92,15 +92,16 @@ class Blocks:
         pairs = forces.neighbours.candidates(simulation.state.positions, _EARLY)
         values = forces.potential.state()
         if not same_state(values, self._values):
-            self._values, self._proven = values, False
+            self._values = values
             self._close()
             forces(simulation.state.positions)  # an ordinary call, by which a program is proven before it is recorded
         steps = self._steps(pairs)
         if steps is None:
             self.usable = False
+            self._close()
             return None
         found = steps.run(pairs, n, look=look)
-        if found is None or not (self._proven or self._proves_right(found, simulation.state)):
+        if found is None or not (look in steps.proven or self._proves_right(steps, found, look=look)):
             return None
         simulation.state = found
         forces.move(found.positions)
@@ -119,21 +120,31 @@ class Blocks:
         self._kept[width] = kept or _Steps(self.simulation, pairs, width)  # the latest last
         return self._kept[width]
 
-    def _proves_right(self, state: State, before: State) -> bool:
+    def _proves_right(self, steps: _Steps, state: State, *, look: bool) -> bool:
+        """Whether the kind of step that led to `state` gives what an ordinary one gives, where replicas live."""
+        before, alive = self.simulation.state, self.simulation.monitor.alive
+        of_atoms = alive[self.simulation.layout.owner]
+        if not bool(alive.any()):  # nothing moves, and nothing is known of how it would
+            return False
         if torch.equal(state.positions, before.positions):  # what does nothing would agree with every step of it
             self._give_up("recorded steps moved nothing")
             return False
+        if not steps.is_right_ahead(before.step):
+            self._give_up("recorded noise or bounds are not those of single steps")
+            return False
         energy, forces = self.simulation.forces(state.positions)
-        scale = max(1.0, float(forces.abs().max()))
-        worst = max(float((forces - state.forces).abs().max()), float((energy - state.potential_energy).abs().max()))
+        scale = max(1.0, float(forces[of_atoms].abs().max()))
+        apart = (forces - state.forces)[of_atoms], (energy - state.potential_energy)[alive]
+        worst = max(float(t.abs().max()) for t in apart)
         allowed = TOLERANCE[self.simulation.forces.potential.dtype] * scale
-        self._proven = worst <= allowed
-        if not self._proven:
+        if not worst <= allowed:
             self._give_up(
                 f"forces differ by {worst:.2g} eV/A from those of single steps, expected at most {allowed:.2g}; "
                 "presumably this network does not end at its cutoff"
             )
-        return self._proven
+            return False
+        steps.proven.add(look)
+        return True
 
     def _close(self) -> None:
         """Forget all recordings, and with them their memory."""
@@ -153,6 +164,9 @@ class _Steps:
         simulation: what it is a step of.
         pairs: a list of the width.
         width: edges of every atom.
+
+    Attributes:
+        proven: the kinds of steps that were compared with ordinary ones: with gates watched, or without.
     """
 
     def __init__(self, simulation: Simulation, pairs: Pairs, width: int) -> None:
@@ -167,9 +181,10 @@ class _Steps:
         self.alive = self.monitor.alive.clone()
         self.made_at = torch.zeros_like(state.positions)
         self.listed = self.forces.neighbours.listed
-        # What differs from step to step: the thermostat's part, and bounds while it is heated.
+        # What differs from step to step, from the number of steps done before: the thermostat's part, and bounds.
+        self.first = torch.zeros(1, dtype=torch.int64, device=device)
         self.kicks = torch.zeros(LONGEST, n_atoms, 3, dtype=torch.float64, device=device)
-        self.bounds = self.monitor.bounds_after(state.step).repeat(LONGEST, 1, 1)
+        self.bounds = torch.zeros(LONGEST, 4, self.layout.n_replicas, dtype=torch.float64, device=device)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
         self.trouble = torch.zeros((), dtype=torch.bool, device=device)
         self.excess: Tensor | None = None
@@ -177,18 +192,24 @@ class _Steps:
         if isinstance(self.integrator, BAOAB):
             self.integrator.kick = lambda step: self.kicks.index_select(0, self.turn)[0]
         self._closest = self._doubt = self.trouble
+        self._ahead: Recording[None] | None = None
         self._recordings: dict[bool, Recording[None]] = {}
+        self.proven: set[bool] = set()
 
     def run(self, pairs: Pairs, n: int, *, look: bool) -> State | None:
         """n steps from where the simulation is, gates watched in the last one if asked for; None in trouble."""
         start = self.simulation.state
         kinds = [look and k == n - 1 for k in range(n)]
+        if self._ahead is None:
+            self._ahead = Recording(self._look_ahead, self.layout.device)
+            self.kicks.zero_()  # one that does nothing leaves them so, and is found out
         self.turn.zero_()  # recording takes steps, and there are kicks for `LONGEST` of them
         for watched in set(kinds) - set(self._recordings):
             network = FixedNetwork(self.forces.potential, self.forces.batch, self.table, plainly=watched)
             function = partial(self._watched_step if watched else self._step, network)
             self._recordings[watched] = Recording(function, self.layout.device)
-        self._load(pairs, n)  # after recording, which takes steps
+        self._load(pairs)  # after recording, which takes steps
+        self._ahead()
         for watched in kinds:
             self._recordings[watched]()
         if bool(self.trouble):
@@ -197,15 +218,24 @@ class _Steps:
 
     def close(self) -> None:
         """Give the recordings' memory back."""
-        for recording in self._recordings.values():
-            recording.close()
+        for recording in (self._ahead, *self._recordings.values()):
+            if recording is not None:
+                recording.close()
 
     def excesses(self) -> list[Tensor]:
         """As `ReplicaForces.watching_gates` gives them, of the last step in which they were watched."""
         return [] if self.excess is None else [self.excess.clone()]
 
-    def _load(self, pairs: Pairs, n: int) -> None:
-        """Take over where the simulation is, and what n steps need of the thermostat."""
+    def is_right_ahead(self, step: int) -> bool:
+        """Whether the thermostat's part and the bounds after `step` steps are those of single steps."""
+        integrator, each = self.simulation.integrator, range(step, step + LONGEST)
+        pairs = [(self.bounds, [self.monitor.bounds_after(k + 1) for k in each])]
+        if isinstance(integrator, BAOAB):
+            pairs.append((self.kicks, [integrator.kick(k) for k in each]))
+        return all(torch.allclose(mine, torch.stack(one), rtol=1e-9, atol=1e-12) for mine, one in pairs)
+
+    def _load(self, pairs: Pairs) -> None:
+        """Take over where the simulation is."""
         state, neighbours = self.simulation.state, self.forces.neighbours
         for mine, value in zip(_tensors(self.state), _tensors(state), strict=True):
             mine.copy_(value)
@@ -217,12 +247,7 @@ class _Steps:
             self._listed = pairs
         if neighbours.made_at is not None:
             self.made_at.copy_(neighbours.made_at)
-        if isinstance(self.simulation.integrator, BAOAB):
-            for k in range(n):
-                self.kicks[k].copy_(self.simulation.integrator.kick(state.step + k))
-        if self.simulation.config.heating_K_per_ps:
-            for k in range(n):
-                self.bounds[k].copy_(self.monitor.bounds_after(state.step + k + 1))
+        self.first.fill_(state.step)
         self.alive.copy_(self.monitor.alive)
         self.turn.zero_()
         self.trouble.zero_()
@@ -235,6 +260,13 @@ class _Steps:
         return Pairs(table.index, table.spread(pairs.unit_shifts), shifts, radii, owner)
 
     # -- what is recorded ----------------------------------------------------------------------------------------
+
+    def _look_ahead(self) -> None:
+        """What the next `LONGEST` steps need that follows from their numbers."""
+        done = self.first + torch.arange(LONGEST, device=self.first.device)
+        self.bounds.copy_(self.monitor.bounds_after(done + 1))
+        if isinstance(self.simulation.integrator, BAOAB):
+            self.kicks.copy_(self.simulation.integrator.kick(done))
 
     def _watched_step(self, network: FixedNetwork) -> None:
         with self.forces.watching_gates() as found:

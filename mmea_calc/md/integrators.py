@@ -48,7 +48,7 @@ class BAOAB:
         layout: masses and temperatures.
         timestep: in ASE's unit of time.
         friction: gamma, in its inverse.
-        noise: step -> standard normal numbers, (n_atoms, 3), float64.
+        noise: step -> standard normal numbers, (n_atoms, 3), float64; of several steps as `Noise.normals` gives them.
         heating: rise of the bath's temperature in one step, K; in the equations T is that at the step's beginning.
     """
 
@@ -57,7 +57,7 @@ class BAOAB:
         layout: Layout,
         timestep: float,
         friction: float,
-        noise: Callable[[int], Tensor],
+        noise: Callable[[int | Tensor], Tensor],
         heating: float = 0.0,
     ) -> None:
         self.layout, self.timestep, self.noise = layout, timestep, noise
@@ -66,17 +66,21 @@ class BAOAB:
         # 1 - c^2 without cancellation
         self._lost = -math.expm1(-2 * friction * timestep)
         self._spread = torch.sqrt(self._lost * layout.kT / layout.masses)
-        self.kick: Callable[[int], Tensor] = self._kick  # recorded steps have theirs prepared (`blocks`)
+        self.kick: Callable[[int | Tensor], Tensor] = self._kick  # recorded steps have theirs prepared (`blocks`)
 
-    def spread(self, step: int) -> Tensor:
-        """Standard deviation of the velocity that O adds in the step after `step` steps, (n_atoms, 1)."""
+    def spread(self, step: int | Tensor) -> Tensor:
+        """Standard deviation of the velocity that O adds in the step after `step` steps, (n_atoms, 1).
+
+        For n of them, (n,), int64: (n, n_atoms, 1), or (n_atoms, 1) where it is the same in all.
+        """
         if not self.heating:
             return self._spread
-        kT = self.layout.kT + BOLTZMANN * self.heating * step
+        done = step.double()[:, None, None] if isinstance(step, Tensor) else step
+        kT = self.layout.kT + BOLTZMANN * self.heating * done
         return torch.sqrt(self._lost * kT / self.layout.masses)
 
-    def _kick(self, step: int) -> Tensor:
-        """What O adds to the velocities in the step after `step` steps, (n_atoms, 3)."""
+    def _kick(self, step: int | Tensor) -> Tensor:
+        """What O adds to the velocities in the step after `step` steps, (n_atoms, 3); (n, n_atoms, 3) for n of them."""
         return self.spread(step) * self.noise(step)
 
     def step(self, state: State, force_field: ForceField) -> State:

@@ -80,10 +80,14 @@ class Monitor:
         self.events: list[Event] = []
         self._told: set[tuple[str, str]] = set()
 
-    def bounds_after(self, step: int) -> Tensor:
-        """Bounds after so many steps, (4, n_replicas): of the measures of `check`, in their order."""
+    def bounds_after(self, step: int | Tensor) -> Tensor:
+        """Bounds after so many steps, (4, n_replicas): of the measures of `check`, in their order.
+
+        For n numbers of steps, (n,), int64: (n, 4, n_replicas).
+        """
         config, dof = self.config, self.layout.degrees_of_freedom
-        asked = self.layout.temperatures_K + config.heating_K_per_ps * step * config.timestep_fs / 1000
+        done = step.double()[:, None] if isinstance(step, Tensor) else step
+        asked = self.layout.temperatures_K + config.heating_K_per_ps * done * config.timestep_fs / 1000
         # The temperature of n degrees of freedom has the standard deviation T sqrt(2 / n).
         hot = asked * (2 + 14 * torch.sqrt(2 / dof))
         if config.ensemble == "nve":
@@ -94,7 +98,7 @@ class Monitor:
             hot = torch.full_like(hot, config.max_temperature_K)
         largest_force, smallest_ratio = config.max_force_eV_per_A, config.min_distance_ratio
         others = [torch.full_like(hot, v) for v in (0.5, largest_force, -smallest_ratio)]
-        return torch.stack([others[0], hot, others[1], others[2]])
+        return torch.stack([others[0], hot, others[1], others[2]], dim=-2)
 
     # -- every step ----------------------------------------------------------------------------------------------
 

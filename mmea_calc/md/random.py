@@ -43,10 +43,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
     """
     c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*counter, *key)
     even, odd, keys = torch.stack([c0, c2]), torch.stack([c1, c3]), torch.stack([k0, k1])
-    multipliers, weyl = (
-        torch.tensor(pair, dtype=torch.int64, device=even.device).view(2, *[1] * c0.dim())
-        for pair in (_MULTIPLIERS, _WEYL)
-    )
+    # made where they are needed: nothing waits for the host, and all of this can be recorded
+    multipliers, weyl = (torch.stack([c0.new_full([1] * c0.dim(), n) for n in pair]) for pair in (_MULTIPLIERS, _WEYL))
     for _ in range(_ROUNDS):
         # Each product serves the other pair. int64 wraps around, which leaves all 64 bits of the product right.
         product = even * multipliers
@@ -80,16 +78,19 @@ class Noise:
         self._atom = torch.cat([torch.arange(n) for n in atoms_per_replica]).to(device)
         self._kept: dict[int, tuple[int, Tensor]] = {}
 
-    def normals(self, step: int, stream: int = THERMOSTAT) -> Tensor:
-        """Standard normal numbers of this step, (n_atoms, 3), float64."""
+    def normals(self, step: int | Tensor, stream: int = THERMOSTAT) -> Tensor:
+        """Standard normal numbers of this step, (n_atoms, 3), float64; (n, n_atoms, 3) of n steps, (n,), int64."""
+        if isinstance(step, Tensor):
+            return self._make(step, stream)
         block = step // _BLOCK
         if stream not in self._kept or self._kept[stream][0] != block:
-            self._kept[stream] = (block, self._make(block * _BLOCK, stream))
+            first = block * _BLOCK
+            steps = torch.arange(first, first + _BLOCK, device=self._atom.device)
+            self._kept[stream] = (block, self._make(steps, stream))
         return self._kept[stream][1][step % _BLOCK]
 
-    def _make(self, first: int, stream: int) -> Tensor:
-        device = self._atom.device
-        steps = torch.arange(first, first + _BLOCK, device=device)[:, None]
+    def _make(self, steps: Tensor, stream: int) -> Tensor:
+        steps = steps[:, None]
         last = torch.full_like(steps, stream)
         words = philox((steps & _WORD, steps >> 32, self._atom[None], last), (self._key[0], self._key[1]))
         u = [(word.double() + 0.5) / 2.0**32 for word in words]
