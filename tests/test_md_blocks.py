@@ -19,6 +19,7 @@ from waiting import Nothing, watched_recording
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig, MDConfig
+from mmea_calc.full_table import WIDTHS, width_of
 from mmea_calc.md.blocks import LONGEST, Blocks, pays_off
 from mmea_calc.md.integrators import BAOAB
 from mmea_calc.md.simulation import GATES_EVERY, Simulation
@@ -137,6 +138,55 @@ def test_where_atoms_are_closer_than_in_training_the_plain_path_is_asked() -> No
     assert row.blocks.n_taken == 0
     assert_the_same(row, one)
     assert row.blocks.usable  # it may come apart
+
+
+@pytest.mark.parametrize(("size", "bound", "n_taken"), [(0.25, 0.26, 40), (0.28, 0.22, 24)])
+def test_a_failed_replica_closer_than_in_training_stops_no_blocks(size: float, bound: float, n_taken: int) -> None:
+    """One that failed at the start, and one that fails within the first block."""
+    squeezed = ethanol()
+    squeezed.positions *= size  # 0.3 in training
+    starts = ethanol(), squeezed, crystal()
+    settings: dict[str, Any] = dict(temperatures_K=(300.0,), min_distance_ratio=bound)
+    row, one = (simulate(starts, 40, blocks=blocks, **settings) for blocks in (True, False))
+    assert row.blocks is not None
+    assert one.monitor.alive.tolist() == [True, False, True]
+    assert row.blocks.n_taken == n_taken
+    assert_the_same(row, one)
+    row.sample()
+    one.sample()
+    assert [e.step > 0 for e in one.monitor.events if e.kind == "failed"] == [n_taken < 40]
+    assert row.monitor.events == one.monitor.events
+
+
+def test_recorded_steps_of_failed_replicas_alone_are_not_doubted() -> None:
+    row = simulate((ethanol(),), 24, blocks=True, max_temperature_K=1.0)
+    assert row.blocks is not None
+    assert not row.any_alive()
+    assert row.blocks.n_taken == 0
+    assert row.blocks.usable
+
+
+def test_widths_that_go_back_and_forth_are_not_recorded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(Recording[None]):
+        def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+            super().__init__(function, device)
+            made.append(function)
+
+    more = [0, WIDTHS, 2 * WIDTHS, 0, WIDTHS, 0, 2 * WIDTHS, WIDTHS]
+    wider = iter(more)
+    monkeypatch.setattr("mmea_calc.md.blocks.Recording", Counted)
+    monkeypatch.setattr("mmea_calc.md.blocks.width_of", lambda *of: width_of(*of) + next(wider))
+    # gates are not watched, which would be a recording more
+    settings: dict[str, Any] = dict(temperatures_K=(300.0,), stats_every=1000, traj_every=1000)
+    row = simulate((carbon(),), 0, blocks=True, **settings)
+    for _ in more:
+        row.advance(2)
+    assert row.blocks is not None
+    assert row.blocks.n_taken == 2 * len(more)
+    assert len(made) == 2 * 3  # steps and what is ahead of them, for each width
+    assert_the_same(row, simulate((carbon(),), 2 * len(more), blocks=False, **settings))
 
 
 def test_samples_are_the_same_gates_included() -> None:

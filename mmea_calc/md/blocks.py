@@ -7,8 +7,9 @@ the number of a step alone, noise and bounds of a bath that is heated, is a reco
 
 What a recording cannot do, the ordinary step does. Every step notes whether it would have been one for that: a replica
 fails, a network is in doubt (atoms closer than in training), an atom has left the skin. At the end of a block the host
-asks once, and where there was trouble the block is thrown away and its steps are taken one by one. The first block is
-compared with the ordinary path in any case.
+asks once, and where there was trouble the block is thrown away and its steps are taken one by one. The first block of
+each recording is compared with the ordinary path in any case. Replicas that have failed make no trouble: they stay
+where they are, and the network sees their atoms out of each other's reach.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class Blocks:
         width = width_of(pairs.index, n_atoms, 1 if neighbours.made_at is None else WIDTHS)
         if width * n_atoms > MOST_EDGES:
             return None
+        # A little wider serves as well: widths that go back and forth would be recorded again and again.
+        width = min((w for w in self._kept if width <= w <= width + WIDTHS), default=width)
         kept = self._kept.pop(width, None)
         while kept is None and len(self._kept) >= _KEPT:
             self._kept.pop(next(iter(self._kept))).close()
@@ -181,6 +184,8 @@ class _Steps:
         self.alive = self.monitor.alive.clone()
         self.made_at = torch.zeros_like(state.positions)
         self.listed = self.forces.neighbours.listed
+        # an edge of this length weighs nothing, as those that only fill up
+        self.apart = state.positions.new_tensor([2 * self.forces.potential.backbone.r_max, 0.0, 0.0])
         # What differs from step to step, from the number of steps done before: the thermostat's part, and bounds.
         self.first = torch.zeros(1, dtype=torch.int64, device=device)
         self.kicks = torch.zeros(LONGEST, n_atoms, 3, dtype=torch.float64, device=device)
@@ -292,7 +297,10 @@ class _Steps:
     def _forces_of(self, network: FixedNetwork, positions: Tensor) -> tuple[Tensor, Tensor]:
         potential = self.forces.potential
         near, _, shifts = self.forces.placed(positions, self.pairs)
+        # A replica often fails where the network is in doubt, of all replicas at once, and would be so at every step.
+        near = torch.where(self.alive[self.layout.owner][:, None], near, 0.0)
         shifts = shifts + self.table.far(potential.backbone.r_max)
+        shifts = torch.where(self.alive[self.pairs.owner][:, None], shifts, self.apart)
         node_energy, forces, _, self._doubt = network(near.to(potential.dtype), shifts.to(potential.dtype))
         self._closest = self.pairs.closest(self.pairs.distances2(positions), self.layout.n_replicas)
         return self.reference + self.layout.sum(node_energy.double()), forces.double()
