@@ -158,6 +158,21 @@ def test_a_failed_replica_closer_than_in_training_stops_no_blocks(size: float, b
     assert row.monitor.events == one.monitor.events
 
 
+def test_a_failed_replica_without_finite_forces_stops_no_blocks() -> None:
+    together = ethanol()
+    together.positions[1] = together.positions[0]
+    settings: dict[str, Any] = dict(temperatures_K=(300.0,))
+    row, one = (simulate((ethanol(), together), 16, blocks=blocks, **settings) for blocks in (True, False))
+    assert row.blocks is not None
+    assert one.monitor.alive.tolist() == [True, False]
+    assert row.blocks.n_taken == 16
+    assert torch.equal(one.state.forces.isnan(), row.state.forces.isnan())
+    assert one.state.forces.isnan().any()
+    for name in ("positions", "velocities", "forces"):
+        found, expected = (getattr(s.state, name)[: len(ethanol())] for s in (row, one))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_recorded_steps_of_failed_replicas_alone_are_not_doubted() -> None:
     row = simulate((ethanol(),), 24, blocks=True, max_temperature_K=1.0)
     assert row.blocks is not None

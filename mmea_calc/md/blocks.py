@@ -298,7 +298,7 @@ class _Steps:
         potential = self.forces.potential
         near, _, shifts = self.forces.placed(positions, self.pairs)
         # A replica often fails where the network is in doubt, of all replicas at once, and would be so at every step.
-        near = torch.where(self.alive[self.layout.owner][:, None], near, 0.0)
+        near = near.masked_fill(~self.alive[self.layout.owner][:, None], 0)
         shifts = shifts + self.table.far(potential.backbone.r_max)
         shifts = torch.where(self.alive[self.pairs.owner][:, None], shifts, self.apart)
         node_energy, forces, _, self._doubt = network(near.to(potential.dtype), shifts.to(potential.dtype))

@@ -11,6 +11,7 @@ uninterrupted one to the last bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -80,9 +81,13 @@ class Neighbours:
         self.layout, self.r_max, self.skin = layout, r_max, skin
         self._on_device = layout.device.type == "cuda" if on_device is None else on_device
         self._listed = [bool(any(r.atoms.pbc)) or len(r.atoms) > ALL_PAIRS for r in layout.replicas]
+        # What stays is made once: with many replicas one of them has its list renewed in nearly every step.
+        self._first = [0, *accumulate(layout.atoms_per_replica)][:-1]
+        numbers = np.concatenate([r.atoms.numbers for r in layout.replicas])
+        self._radii = torch.as_tensor(covalent_radii[numbers]).to(layout.device)
         self._parts: list[_Part] = [
-            _all_pairs(0 if listed else len(r.atoms), layout.device)
-            for r, listed in zip(layout.replicas, self._listed, strict=True)
+            _all_pairs(0 if listed else len(r.atoms), first, layout.device)
+            for r, listed, first in zip(layout.replicas, self._listed, self._first, strict=True)
         ]
         self._made_at: Tensor | None = None
         self._pairs: Pairs | None = None
@@ -125,34 +130,31 @@ class Neighbours:
         parts = self.layout.split(positions if self._on_device else positions.cpu())
         make = _pairs_there if self._on_device else _pairs_here
         for i in which:
-            self._parts[i] = make(self.layout.replicas[i].atoms, parts[i], self.r_max + self.skin, self.layout.device)
+            atoms, cutoff = self.layout.replicas[i].atoms, self.r_max + self.skin
+            index, unit_shifts, shifts = make(atoms, parts[i], cutoff, self.layout.device)
+            self._parts[i] = index + self._first[i], unit_shifts, shifts
             self.n_builds += 1
         self._pairs = self._join()
 
     def _join(self) -> Pairs:
-        layout, device = self.layout, self.layout.device
-        offsets = np.concatenate([[0], np.cumsum(layout.atoms_per_replica)])
-        numbers = np.concatenate([r.atoms.numbers for r in layout.replicas])
-        index = torch.cat([p[0] + int(o) for p, o in zip(self._parts, offsets[:-1], strict=True)], dim=1)
-        radii = torch.as_tensor(covalent_radii[numbers]).to(device)
-        counts = torch.tensor([p[0].shape[1] for p in self._parts], device=device)
+        index = torch.cat([p[0] for p in self._parts], dim=1)
         return Pairs(
             index,
             torch.cat([p[1] for p in self._parts]),
             torch.cat([p[2] for p in self._parts]),
-            radii[index[0]] + radii[index[1]],
-            torch.arange(layout.n_replicas, device=device).repeat_interleave(counts),
+            self._radii[index[0]] + self._radii[index[1]],
+            self.layout.owner[index[0]],
         )
 
 
-# Of one replica: sender and receiver, unit shifts, shifts.
+# Of one replica: sender and receiver, by their numbers among all atoms, unit shifts, shifts.
 _Part = tuple[Tensor, Tensor, Tensor]
 
 
-def _all_pairs(n_atoms: int, device: torch.device) -> _Part:
+def _all_pairs(n_atoms: int, first: int, device: torch.device) -> _Part:
     index = (~torch.eye(n_atoms, dtype=torch.bool)).nonzero().T.contiguous().to(device)
     zeros = torch.zeros(index.shape[1], 3, dtype=torch.float64, device=device)
-    return index, zeros, zeros
+    return index + first, zeros, zeros
 
 
 def _pairs_there(start: Atoms, positions: Tensor, cutoff: float, device: torch.device) -> _Part:
