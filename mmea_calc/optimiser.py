@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import CheckpointError, TrainingError
+from .recorded_change import RecordedChange
 from .soap import SOAP
 from .updates import ParameterGroup
 
@@ -33,12 +34,25 @@ class Averages:
         self._values = [p.detach().clone() for p in self.parameters]
         self.updates = 0
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """After a step of the optimiser."""
+    def share(self) -> float:
+        """What the parameters count for in the next update, which is hereby counted."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._values, [p.detach() for p in self.parameters], 1 - decay)
+        return 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, share: float | Tensor) -> None:
+        """After a step of the optimiser; the share may be a tensor without dimensions."""
+        now = [p.detach() for p in self.parameters]
+        if isinstance(share, Tensor):  # for which there is no single operation on lists
+            apart = torch._foreach_sub(now, self._values)
+            torch._foreach_mul_(apart, share)
+            torch._foreach_add_(self._values, apart)
+        else:
+            torch._foreach_lerp_(self._values, now, share)
+
+    def changed(self) -> list[Tensor]:
+        """What `update` changes."""
+        return self._values
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -67,8 +81,14 @@ class ScheduleFreeAverages:
     def __init__(self, parameters: Sequence[Tensor], optimizer: Any) -> None:
         self.parameters, self.optimizer = list(parameters), optimizer
 
-    def update(self) -> None:
+    def share(self) -> float:
+        return 0.0
+
+    def update(self, share: float | Tensor) -> None:
         """The optimiser's own steps do it."""
+
+    def changed(self) -> list[Tensor]:
+        return []
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -96,6 +116,7 @@ class Optimiser:
         parameters: all of them, in the order of everything that is kept.
         groups: the same, by how they are optimised.
         config: learning rates, decays, and which optimiser.
+        recorded: record the steps of SOAP (`recorded_change`); None: on a GPU.
 
     Attributes:
         torch: the optimiser at work, for learning rate schedulers.
@@ -104,7 +125,14 @@ class Optimiser:
         TrainingError: settings that do not go together.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], groups: Sequence[ParameterGroup], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        groups: Sequence[ParameterGroup],
+        config: TrainConfig,
+        *,
+        recorded: bool | None = None,
+    ) -> None:
         check_optimiser(config)
         self.parameters, self.groups = list(parameters), list(groups)
         self._decays = [config.tau_weight_decay if g.rates == "thresholds" else config.weight_decay for g in groups]
@@ -128,6 +156,11 @@ class Optimiser:
             soap = config.optimizer == "soap"
             self.torch = SOAP(settings, lr=config.lr) if soap else _adamw(settings, config)
             self._averages = Averages(self.parameters, config.ema_decay)
+        self._recorded: RecordedChange | None = None
+        if isinstance(self.torch, SOAP) and (
+            self.parameters[0].device.type == "cuda" if recorded is None else recorded
+        ):
+            self._recorded = RecordedChange(self._change)
 
     @property
     def lr(self) -> float:
@@ -141,10 +174,41 @@ class Optimiser:
             group["lr"] = value * group["lr_ratio"]
 
     def step(self) -> None:
-        """One step with the gradients that are there."""
-        self._decay_masked()
-        self.torch.step()
-        self._averages.update()
+        """One step with the gradients that are there. Recorded on a GPU, for SOAP, but for its new bases."""
+        gradients = {p: p.grad for p in self.parameters if p.grad is not None}
+        if not isinstance(self.torch, SOAP):
+            self._change(gradients, self._numbers())
+            return
+        self.torch.begin()
+        numbers, layout = self._numbers(), (*self.torch.layout(), *map(Tensor.data_ptr, self.parameters))
+        if self._recorded is None or not self._recorded(gradients, numbers, layout, self._changed):
+            self._change(gradients, numbers)
+        self.torch.end()
+
+    def _numbers(self) -> list[float]:
+        """What differs from step to step: the decay of every group, the share of averages, the optimiser's own."""
+        decays = [used["lr"] * decay for decay, used in zip(self._decays, self.torch.param_groups, strict=True)]
+        own = self.torch.numbers() if isinstance(self.torch, SOAP) else []
+        return [*decays, self._averages.share(), *own]
+
+    def _change(self, gradients: Mapping[Tensor, Tensor], numbers: Sequence[float | Tensor]) -> None:
+        """All that every step does; numbers may be tensors for SOAP."""
+        n = len(self.groups)
+        self._decay_masked(gradients, numbers[:n])
+        if isinstance(self.torch, SOAP):
+            self.torch.change(gradients, numbers[n + 1 :])
+        else:
+            self.torch.step()
+        self._averages.update(numbers[n])
+
+    def _changed(self) -> list[Tensor]:
+        """All that `_change` changes, for SOAP."""
+        return [*self.torch.changed(), *self._averages.changed()]
+
+    def close(self) -> None:
+        """Give the memory of a recording back; another step is another beginning."""
+        if self._recorded is not None:
+            self._recorded.close()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -173,19 +237,20 @@ class Optimiser:
         self._averages.load_state_dict(state["averages"])
 
     @torch.no_grad()
-    def _decay_masked(self) -> None:
-        """Decoupled weight decay, w <- w - lr decay w, of the entries that a group names.
+    def _decay_masked(self, gradients: Mapping[Tensor, Tensor], shares: Sequence[float | Tensor]) -> None:
+        """Decoupled weight decay, w <- w - share w with share = lr decay, of the entries that a group names.
 
         A schedule-free optimiser steps in z and looks at y = (1 - beta) z + beta x. With this share for each, the
         outcome is that of its own weight decay, and x is left to its average.
         """
-        for group, decay, used in zip(self.groups, self._decays, self.torch.param_groups, strict=True):
+        of_groups = zip(self.groups, self._decays, shares, self.torch.param_groups, strict=True)
+        for group, decay, share, used in of_groups:
             if group.decaying is None or decay == 0:
                 continue
             for parameter, mask in zip(group.parameters, group.decaying, strict=True):
-                if parameter.grad is None:
+                if parameter not in gradients:
                     continue
-                change = used["lr"] * decay * parameter * mask()
+                change = share * parameter * mask()
                 z = self.torch.state[parameter].get("z")
                 if z is None:
                     parameter.sub_(change)

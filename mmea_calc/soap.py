@@ -11,7 +11,7 @@ what makes a step short: on a GPU starting an operation takes longer than any of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from operator import is_
@@ -51,21 +51,68 @@ class SOAP(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, shapes=None, steps=0))
         self._stacks: dict[int, tuple[list[Tensor], list[_Stack]]] = {}
+        self._n_stacked = 0
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change all parameters that have a gradient."""
+        self.begin()
+        self.change({p: p.grad for group in self.param_groups for p in group["params"]}, self.numbers())
+        self.end()
+
+    # A step in three parts, so that the second, which every step takes in the same way, can be recorded.
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What comes before `change` where it is needed: tensors take part that did not, or no longer; first bases."""
         for number, group in enumerate(self.param_groups):
             parameters = [p for p in group["params"] if p.grad is not None]
             before, stacks = self._stacks.get(number, ([], []))
-            if not (len(parameters) == len(before) and all(map(is_, parameters, before))):
+            if number not in self._stacks or not _same(parameters, before):
                 stacks = self._stacked(group, parameters)
                 self._stacks[number] = (parameters, stacks)
-            gradients = {p: p.grad for p in parameters}
+                self._n_stacked += 1
             for stack in stacks:
-                stack.step(gradients, group)
-            if group["steps"] > 0 and group["weight_decay"] != 0:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                stack.begin(group)
+
+    def layout(self) -> tuple[object, ...]:
+        """After `begin`: equal as long as `change` takes the same operations with the same tensors."""
+        return self._n_stacked, *((g["steps"] > 0, g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups)
+
+    def changed(self) -> list[Tensor]:
+        """All that `change` changes."""
+        found: list[Tensor] = []
+        for parameters, stacks in self._stacks.values():
+            found += [*parameters, *(t for stack in stacks for t in stack.changed())]
+        return found
+
+    def numbers(self) -> list[float]:
+        """What differs from step to step: of every group its rate, and what weight decay multiplies by."""
+        return [number for group in self.param_groups for number in _numbers(group)]
+
+    @torch.no_grad()
+    def change(self, gradients: Mapping[Tensor, Tensor | None], numbers: Sequence[float | Tensor]) -> None:
+        """Change all parameters that take part, and what is remembered of their gradients.
+
+        Args:
+            gradients: of the parameters.
+            numbers: those of `numbers`, or tensors without dimensions that hold them, in the precision of parameters.
+        """
+        for number, (parameters, stacks) in self._stacks.items():
+            group = self.param_groups[number]
+            if group["steps"] == 0 or not parameters:
+                continue
+            rate, kept = numbers[2 * number : 2 * number + 2]
+            for stack in stacks:
+                stack.change(gradients, group, rate)
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(parameters, kept)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """New bases where it is time for them."""
+        for number, group in enumerate(self.param_groups):
+            for stack in self._stacks[number][1]:
+                stack.end(group["steps"])
             group["steps"] += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -186,28 +233,40 @@ class _Stack:
 
     # -- stepping ------------------------------------------------------------------------------------------------
 
-    def step(self, gradients: dict[Tensor, Tensor | None], group: dict[str, Any]) -> None:
-        """Change the blocks' parameters with these gradients, or only begin, in the first step of the group."""
-        steps, (beta1, beta2) = group["steps"], group["betas"]
-        gradient = self._together([b.of(gradients[b.parameter]) for b in self.blocks])  # type: ignore[arg-type]
+    def begin(self, group: dict[str, Any]) -> None:
+        """First bases of blocks that have none."""
         if self.fresh:
-            self._begin(gradient, beta2)
-        if steps == 0:
-            return
+            self._begin(self._gradient({b.parameter: b.parameter.grad for b in self.blocks}), group["betas"][1])
+
+    def change(self, gradients: Mapping[Tensor, Tensor | None], group: dict[str, Any], rate: float | Tensor) -> None:
+        """Change the blocks' parameters, and the running means."""
+        gradient, (beta1, beta2) = self._gradient(gradients), group["betas"]
         seen = _turned(gradient, self.bases)
         self.mean.lerp_(seen, 1 - beta1)
         self.square.mul_(beta2).addcmul_(seen, seen, value=1 - beta2)
         change = self.mean / self.square.sqrt().add_(group["eps"])
         change = _turned(change, [None if basis is None else basis.mT for basis in self.bases])
-        rate = group["lr"] * sqrt(1 - beta2**steps) / (1 - beta1**steps)
         mine = [b.of(b.parameter) for b in self.blocks]
-        torch._foreach_add_(mine, self._apart(change), alpha=-rate)
+        if isinstance(rate, Tensor):  # which operations on lists do not take for `alpha`
+            torch._foreach_sub_(mine, self._apart(change * rate))
+        else:
+            torch._foreach_add_(mine, self._apart(change), alpha=-rate)
         for k, product in enumerate(self.products):
             if product is not None:
                 unfolded = gradient.movedim(k + 1, 1).flatten(2)
                 product.baddbmm_(unfolded, unfolded.mT, beta=beta2, alpha=1 - beta2)
-        if self.axes and steps % (FREQUENCY if max(self.axes) <= LONG else RARELY) == 0:
+
+    def end(self, steps: int) -> None:
+        """New bases, if that many steps before ask for it."""
+        if self.axes and steps > 0 and steps % (FREQUENCY if max(self.axes) <= LONG else RARELY) == 0:
             self._renew()
+
+    def changed(self) -> list[Tensor]:
+        """All that `change` changes beside the parameters."""
+        return [self.mean, self.square, *(product for product in self.products if product is not None)]
+
+    def _gradient(self, gradients: Mapping[Tensor, Tensor | None]) -> Tensor:
+        return self._together([b.of(gradients[b.parameter]) for b in self.blocks])  # type: ignore[arg-type]
 
     def _begin(self, gradient: Tensor, beta: float) -> None:
         """Preconditioners and bases of blocks that have none, of their first gradient."""
@@ -234,6 +293,19 @@ class _Stack:
             turns.append(basis.mT @ new)
             basis.copy_(new)
         self.mean.copy_(_turned(self.mean, turns))
+
+
+def _numbers(group: dict[str, Any]) -> tuple[float, float]:
+    """Rate of a group, with the corrections for means that have just begun; and what weight decay multiplies by."""
+    steps, (beta1, beta2) = group["steps"], group["betas"]
+    if steps == 0:
+        return 0.0, 1.0
+    rate = group["lr"] * sqrt(1 - beta2**steps) / (1 - beta1**steps)
+    return rate, 1 - group["lr"] * group["weight_decay"]
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def _turned(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:

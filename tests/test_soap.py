@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from waiting import Nothing, watched_recording
 
 from mmea_calc import soap
 from mmea_calc.adapted import attach
@@ -16,6 +18,7 @@ from mmea_calc.backbone import load_backbone
 from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.errors import TrainingError
 from mmea_calc.optimiser import Optimiser
+from mmea_calc.recorded import Recording
 from mmea_calc.soap import FREQUENCY, SOAP
 from mmea_calc.updates import ParameterGroup
 
@@ -243,3 +246,130 @@ def test_long_axes_have_a_new_basis_more_rarely(monkeypatch: pytest.MonkeyPatch)
             if not seen[k] or not torch.equal(basis, seen[k][-1]):
                 seen[k].append(basis.clone())
     assert [len(bases) for bases in seen] == [2, 6]
+
+
+# -- recorded --------------------------------------------------------------------------------------------------------
+
+CONFIG = TrainConfig(optimizer="soap", lr=0.05, weight_decay=0.1, tau_lr=0.02, tau_weight_decay=0.2, ema_decay=0.9)
+
+
+def positive(p: nn.Parameter) -> Tensor:
+    return p.detach() > 0
+
+
+def pair_of(config: TrainConfig = CONFIG) -> tuple[list[Optimiser], list[list[nn.Parameter]]]:
+    """Two optimisers of the same parameters, the second one recorded: rates of two kinds, and entries that decay."""
+    optimisers, parameters = [], []
+    for recorded in (False, True):
+        own = [nn.Parameter(x) for x in draw()]
+        masked = ParameterGroup(own[:2], decaying=tuple(partial(positive, p) for p in own[:2]))
+        optimisers.append(Optimiser(own, [masked, ParameterGroup(own[2:], "thresholds")], config, recorded=recorded))
+        parameters.append(own)
+    return optimisers, parameters
+
+
+def step_all(optimisers: list[Optimiser], parameters: list[list[nn.Parameter]], step: int, without: int = -1) -> None:
+    for optimiser, own in zip(optimisers, parameters, strict=True):
+        optimiser.lr = 0.05 / (1 + step)
+        for k, (p, gradient) in enumerate(zip(own, draw(seed=100 + step), strict=True)):
+            p.grad = None if k == without else gradient
+        optimiser.step()
+
+
+def assert_same(optimisers: list[Optimiser], parameters: list[list[nn.Parameter]]) -> None:
+    one, other = [[*own, *o.averages()] for own, o in zip(parameters, optimisers, strict=True)]
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """What waits for the device in each recorded step; to make a recording is to take a step, as on a GPU."""
+    watched, found = watched_recording()
+    monkeypatch.setattr("mmea_calc.recorded_change.Recording", watched)
+    return found
+
+
+def test_recorded_steps_are_the_ordinary_ones_and_wait_for_nothing(recordings: list[set[str]]) -> None:
+    optimisers, parameters = pair_of()
+    n = 2 * FREQUENCY + 3
+    for step in range(n):
+        step_all(optimisers, parameters, step)
+        assert_same(optimisers, parameters)
+    # not the first, which makes bases, and the next two, which show that tensors stay; those with new bases are
+    assert recordings == [set()] * (n - 3)
+
+
+def test_a_recorded_step_is_seen_by_those_who_keep_what_they_made_of_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimisers, parameters = pair_of()
+
+    class Uncounted(Recording[None]):
+        """As a graph, which counts nothing."""
+
+        def __call__(self) -> None:
+            with torch.autograd._unsafe_preserve_version_counter(tuple(parameters[1])):
+                super().__call__()
+
+    monkeypatch.setattr("mmea_calc.recorded_change.Recording", Uncounted)
+    for step in range(7):
+        before = [p._version for p in parameters[1]]
+        step_all(optimisers, parameters, step)
+        assert step == 0 or all(p._version > v for p, v in zip(parameters[1], before, strict=True))
+
+
+def test_steps_are_recorded_anew_when_other_tensors_take_part(recordings: list[set[str]]) -> None:
+    optimisers, parameters = pair_of()
+    for step in range(6):
+        step_all(optimisers, parameters, step)
+    assert len(recordings) == 3
+    for step in range(6, 12):
+        step_all(optimisers, parameters, step, without=1)
+        assert_same(optimisers, parameters)
+    assert len(recordings) == 7
+    with torch.no_grad():
+        for own in parameters:
+            own[2].data = own[2].data.clone()
+    for step in range(12, 16):
+        step_all(optimisers, parameters, step, without=1)
+        assert_same(optimisers, parameters)
+    assert len(recordings) == 9
+    state = copy.deepcopy(optimisers[0].state_dict())
+    for step in range(16, 20):
+        if step == 18:  # from where the first one was
+            for optimiser, own in zip(optimisers, parameters, strict=True):
+                optimiser.load_state_dict(copy.deepcopy(state))
+                with torch.no_grad():
+                    torch._foreach_copy_(list[Tensor](own), draw(seed=9))
+        step_all(optimisers, parameters, step, without=1)
+        assert_same(optimisers, parameters)
+    assert len(recordings) == 11
+    optimisers[1].close()
+    step_all(optimisers, parameters, 20, without=1)
+    assert_same(optimisers, parameters)
+    assert len(recordings) == 11
+
+
+def test_a_recording_that_does_nothing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmea_calc.recorded_change.Recording", Nothing)
+    optimisers, parameters = pair_of()
+    for step in range(3):
+        step_all(optimisers, parameters, step)
+    with pytest.warns(UserWarning, match="optimiser are not recorded: what is recorded gives other results"):
+        step_all(optimisers, parameters, 3)
+    step_all(optimisers, parameters, 4)
+    assert_same(optimisers, parameters)
+
+
+def test_what_cannot_be_recorded_changes_nothing_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Any, device: torch.device) -> None:
+        function()
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr("mmea_calc.recorded_change.Recording", refuse)
+    optimisers, parameters = pair_of()
+    for step in range(3):
+        step_all(optimisers, parameters, step)
+    with pytest.warns(UserWarning, match="optimiser are not recorded: out of memory$"):
+        step_all(optimisers, parameters, 3)
+    step_all(optimisers, parameters, 4)
+    assert_same(optimisers, parameters)
