@@ -195,11 +195,13 @@ class Stage:
     Attributes:
         arrangement: of the batch.
         tables: form of a symmetric contraction -> its tables for the elements present.
+        compiled: whether all operations become a few by compiling them; else each is started, and fewer are better.
         doubts: (bool tensors without dimensions) where one is true, the result does not hold: see `ShortRange`.
     """
 
     arrangement: Arrangement
     tables: Mapping[Any, list[Tensor]]
+    compiled: bool = True
     doubts: list[Tensor] = field(default_factory=list)
     _pieces: dict[tuple[int, tuple[int, ...]], tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
 

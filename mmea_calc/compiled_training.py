@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapted import Adapter
 from .arrangement import Arrangement, arrange, arrange_elements, arrange_structures
@@ -80,6 +81,10 @@ class CompiledGradient:
         named = [(name, p) for name, p in backbone.network.named_parameters() if id(p) in own]
         self._gates, self._of_gates = [name for name, _ in named], [p for _, p in named]
         self._parameters = adapter.parameters()
+        trained = {id(p) for p in self._parameters}
+        stores = [module._parameters for module in backbone.network.modules()]
+        self._places = [(store, name) for store in stores for name, p in store.items() if id(p) in trained]
+        self._has_gradient: list[bool] = []
         self._program: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
         self._values: list[Tensor] = []
         if compiled:
@@ -90,7 +95,8 @@ class CompiledGradient:
             self._program = self._network_itself()
         self._recordings: Recordings | None = None
         if backbone.device.type == "cuda" if recorded is None else recorded:
-            self._recordings = Recordings(lambda inputs: self._program(inputs, self._values), backbone.device)
+            self._recordings = Recordings(self._from_parameters, backbone.device)
+        self._recorded_for: tuple[object, ...] = ()
         self._usable, self._proven = True, False
 
     def _example(self) -> Batch:
@@ -106,12 +112,13 @@ class CompiledGradient:
     def _network_itself(self) -> Callable[[list[Tensor], list[Tensor]], list[Tensor]]:
         """What a program computes, by the operations that it would be made of."""
         network, head_index = self.potential.backbone.network, self.potential.backbone.head_index
-        with self._folded():
-            inputs = inputs_of(network, self._example(), stress=False)
-        evaluate = loss_evaluator(network, inputs, head_index, [*self._updated, *self._gates])
+        weights = self.adapter.weights
+        names = [*map(weights.name_of_own, self._updated), *self._gates]
+        inputs = inputs_of(network, self._example(), stress=False)
+        evaluate = loss_evaluator(network, inputs, head_index, names, compiled=False)
 
         def run(inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
-            with self._folded():
+            with weights.bare():  # updated weights are given, in the place of those that the updates are applied to
                 return list(evaluate(*inputs))
 
         return run
@@ -167,17 +174,49 @@ class CompiledGradient:
         batch, arrangement = self._arranged(batch)
         if arrangement is None:
             return None
-        updated, gates = [self.adapter.sites[path].value for path in self._updated], self._of_gates
-        tables = [form.tables_of(arrangement.present) for form in self._forms]
-        inputs = Inputs.of(batch, arrangement, tables, stress=False)
+        inputs = Inputs.of(batch, arrangement, (), stress=False)
         targets = targets_of(batch, labels, weights, self.potential.reference_energy_of(batch), self.delta)
-        flat = [t.detach() for t in (*updated, *gates, *inputs.tensors(), *targets.tensors())]
-        energy, forces, doubt, *found = self._run(flat)
+        energy, forces, doubt, *found = self._run([*inputs.tensors(), *targets.tensors()])
         if bool(doubt):
             return None
-        made = [(t, g) for t, g in zip([*updated, *gates, *_joined(tables)], found, strict=True) if t.requires_grad]
-        gradients = torch.autograd.grad([t for t, _ in made], self._parameters, [g for _, g in made], allow_unused=True)
+        rest = iter(found)
+        gradients = [next(rest) if has else None for has in self._has_gradient]
         return Loss(energy, forces, energy.new_zeros(())), gradients
+
+    def _from_parameters(self, given: list[Tensor]) -> list[Tensor]:
+        """Tensors of a batch and its targets -> terms of the loss, doubt, gradients of parameters that have one."""
+        end = len(given) - len(Targets.DYNAMIC)
+        present = Arrangement.from_tensors(given[end - len(Arrangement.DYNAMIC) : end]).present
+        with self._aliases() as own, torch.enable_grad():
+            updated = [self.adapter.sites[path].value for path in self._updated]
+            gates = [own[id(p)] for p in self._of_gates]
+            tables = _joined([form.tables_of(present) for form in self._forms])
+        flat = [t.detach() for t in (*updated, *gates, *given[:end], *tables, *given[end:])]
+        energy, forces, doubt, *found = self._program(flat, self._values)
+        made = [(t, g) for t, g in zip([*updated, *gates, *tables], found, strict=True) if t.requires_grad]
+        parameters = [own[id(p)] for p in self._parameters]
+        gradients: Gradients = torch.autograd.grad(
+            [t for t, _ in made], parameters, [g for _, g in made], allow_unused=True
+        )
+        self._has_gradient = [g is not None for g in gradients]
+        return [energy, forces, doubt, *(g for g in gradients if g is not None)]
+
+    @contextmanager
+    def _aliases(self) -> Iterator[dict[int, Tensor]]:
+        """Within this context tensors made here stand for the parameters, in the same memory: by `id` of parameters.
+
+        What autograd keeps of a parameter belongs to the stream where it was first used, which a recording on another
+        stream must not touch.
+        """
+        before = [cast(nn.Parameter, store[name]) for store, name in self._places]
+        aliases = {id(p): p.detach().requires_grad_() for p in before}
+        try:
+            for (store, name), p in zip(self._places, before, strict=True):
+                store[name] = cast(nn.Parameter, aliases[id(p)])
+            yield aliases
+        finally:
+            for (store, name), p in zip(self._places, before, strict=True):
+                store[name] = p
 
     def _arranged(self, batch: Batch) -> tuple[Batch, Arrangement | None]:
         """The batch and its arrangement; None where most of the tables would be empty. Filled up for a recording."""
@@ -197,13 +236,23 @@ class CompiledGradient:
 
     def _run(self, inputs: list[Tensor]) -> list[Tensor]:
         if self._recordings is not None:
+            # A recording reads parameters where they were, by the network as it was.
+            now = (*self.adapter.situation(), *map(Tensor.data_ptr, self._parameters))
+            if now != self._recorded_for:
+                self._recordings.close()
+                self._recorded_for = now
             try:
                 return self._recordings(inputs)
             except RuntimeError as problem:  # whatever torch says of what cannot be recorded
                 self._recordings.close()
                 self._recordings = None
                 warnings.warn(f"training steps are not recorded: {first_line(problem)}", stacklevel=2)
-        return self._program(inputs, self._values)
+        return self._from_parameters(inputs)
+
+    def close(self) -> None:
+        """Give the memory of recordings back."""
+        if self._recordings is not None:
+            self._recordings.close()
 
 
 def _joined(tables: Sequence[Sequence[Tensor]]) -> list[Tensor]:

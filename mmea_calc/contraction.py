@@ -18,6 +18,7 @@ call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations_with_replacement, product
 from math import comb
 from typing import Any
@@ -74,7 +75,7 @@ class TableContraction:
         if now := stage():
             at = now.arrangement.atoms
             a = at.gather(x).transpose(1, 2).flatten(0, 1)
-            out = self._contracted(a, now.tables[self], _next_sorted)
+            out = self._contracted(a, now.tables[self], _next_sorted if now.compiled else _next_chosen)
             out = out.unflatten(0, (at.rows.shape[0], x.shape[1])).transpose(1, 2)  # (elements, atoms of each, c, w)
             out = at.scatter(out)
             return now.join([piece.flatten(1) for piece in out.split(self.widths, dim=-1)])
@@ -103,14 +104,16 @@ class TableContraction:
         """T of several elements for sorted monomials, each once, the highest degree first: (elements * c, q, w * n)."""
         if self.contractions[0].weights_max.shape[0] == 1:  # a contraction that makes no difference between elements
             present = torch.zeros_like(present)
-        weights = [[w[present].transpose(1, 2).flatten(0, 1) for w in _weights(c)] for c in self.contractions]
+        weights = [
+            [w.index_select(0, present).transpose(1, 2).flatten(0, 1) for w in _weights(c)] for c in self.contractions
+        ]
         tables = []
         for of_degree in self._couplings():  # (elements * c, k) times (k, q, w, n)
             parts = [
-                (own.pop(0) @ u.flatten(1)).unflatten(1, u.shape[1:])
+                (some.pop(0) @ u.flatten(1)).unflatten(1, u.shape[1:])
                 if u.shape[0]
-                else own[0].new_zeros(len(own[0]), *u.shape[1:])
-                for own, u in zip(weights, of_degree, strict=True)
+                else some[0].new_zeros(len(some[0]), *u.shape[1:])
+                for some, u in zip(weights, of_degree, strict=True)
             ]
             tables.append(torch.cat(parts, dim=2).flatten(2))
         return tables
@@ -220,10 +223,31 @@ def _next_sorted(monomials: Tensor, a: Tensor) -> Tensor:
 
     More operations and half the products: for a compiled network, where operations cost nothing.
     """
-    n, q = a.shape[-1], monomials.shape[-1]
+    q = monomials.shape[-1]
+    return torch.cat(
+        [a[..., i : i + 1] * monomials[..., q - end :] for i, end in enumerate(_ends(a.shape[-1], q))], dim=-1
+    )
+
+
+def _next_chosen(monomials: Tensor, a: Tensor) -> Tensor:
+    """The same in three operations, for what is recorded as it is."""
+    components, numbers = _chosen(a.shape[-1], monomials.shape[-1], a.device)
+    return a.index_select(-1, components) * monomials.index_select(-1, numbers)
+
+
+@cache
+def _chosen(n: int, q: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each product its component, and the number of its monomial."""
+    pairs = [(i, number) for i, end in enumerate(_ends(n, q)) for number in range(q - end, q)]
+    with torch.inference_mode(False):  # what is made within it could not enter a later gradient
+        components, numbers = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+    return components, numbers
+
+
+def _ends(n: int, q: int) -> list[int]:
+    """How many of q sorted monomials of n components have none before i, for every i."""
     degree = next(d for d in range(1, 10) if comb(n + d - 1, d) == q)
-    ends = [comb(n - i + degree - 1, degree) for i in range(n)]
-    return torch.cat([a[..., i : i + 1] * monomials[..., q - end :] for i, end in enumerate(ends)], dim=-1)
+    return [comb(n - i + degree - 1, degree) for i in range(n)]
 
 
 def _weights(contraction: Any) -> list[Tensor]:

@@ -178,7 +178,7 @@ class FastConvolution:
         pieces = now.split(features, self.sizes) if now else features.split(self.sizes, dim=1)
         by_irrep = [pieces[p.number].unflatten(1, (self.channels, p.dim)).transpose(1, 2) for p in self.paths]
         if now:
-            out = self._arranged(by_irrep, y, weights, now.arrangement)
+            out = self._arranged(by_irrep, y, weights, now.arrangement, written_out=now.compiled)
         else:
             constants, plan = self._constants_like(features), self.planner(edge_index, features.shape[0])
             radial = weights.reshape(-1, self.channels)
@@ -191,12 +191,31 @@ class FastConvolution:
         found = [run.transpose(2, 3).flatten(1) for run in runs]  # (n_nodes, paths * channels * (2l+1))
         return now.join(found) if now else torch.cat(found, dim=1)
 
-    def _arranged(self, by_irrep: list[Tensor], y: Tensor, weights: Tensor, at: Arrangement) -> Tensor:
-        """The module's first equation with all sums written out, for a compiled network: (n_nodes, K, channels)."""
+    def _arranged(
+        self, by_irrep: list[Tensor], y: Tensor, weights: Tensor, at: Arrangement, *, written_out: bool
+    ) -> Tensor:
+        """The module's equations for edges in tables, (n_nodes, K, channels): with all sums written out, for a
+        compiled network; or as few operations, each of which is started.
+        """
         filled_y = at.edges.gather(y)
         radial = at.edges.gather(weights, blank=False).unflatten(-1, (self.n_paths, self.channels))
         h = [at.senders.gather(x, blank=False) for x in by_irrep]
-        return _WrittenOut.apply(self.terms, filled_y, radial, *h)
+        if written_out:
+            return _WrittenOut.apply(self.terms, filled_y, radial, *h)
+        return self._by_products(filled_y, radial, h)
+
+    def _by_products(self, y: Tensor, radial: Tensor, h: list[Tensor]) -> Tensor:
+        """Matrix products over the slots of each node: y (width, n, n_Y), zero in empty slots; R (width, n, n_paths,
+        c); h of each irrep (width, n, 2 l1 + 1, c).
+        """
+        constants, of_node = self._constants_like(y), y.permute(1, 2, 0)
+        found = []
+        for numbers, coupling, x in zip(constants.numbers, constants.couplings, h, strict=True):
+            per_edge = radial.index_select(2, numbers).unsqueeze(3) * x.unsqueeze(2)  # (width, n, p, a, c)
+            b = torch.bmm(of_node, per_edge.flatten(2).transpose(0, 1))  # (n, n_Y, p * a * c)
+            b = b.view(len(b), -1, self.channels)
+            found.append(torch.bmm(coupling.expand(len(b), -1, -1), b))
+        return total(found)
 
     def _constants_like(self, x: Tensor) -> _Constants:
         """Kept for every precision and device."""

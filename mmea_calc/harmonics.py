@@ -1,4 +1,4 @@
-"""Spherical harmonics with all sums written out, for a compiled network.
+"""Spherical harmonics with all sums written out, for a compiled network; or as few operations, for a recorded one.
 
 e3nn 0.4.4 has them as a TorchScript function, which cannot be followed by symbols. Here each order follows from the one
 before and the first,
@@ -36,6 +36,30 @@ def written_out(vectors: Tensor, l_max: int) -> Tensor:
         before, one = orders[-1], orders[1] if len(orders) > 1 else list(x)
         orders.append([total(c * before[a] * one[b] for a, b, c in of_k) for of_k in terms])
     return torch.stack([y for order in orders for y in order], dim=-1)
+
+
+def by_products(vectors: Tensor, l_max: int) -> Tensor:
+    """The same as one matrix product for each order, for what is recorded as it is: few operations."""
+    first = F.normalize(vectors, dim=-1)
+    orders = [torch.ones_like(first[:, :1])]
+    for coupling in _couplings(l_max, vectors.dtype, vectors.device):
+        orders.append((orders[-1].unsqueeze(2) * first.unsqueeze(1)).flatten(1) @ coupling)
+        first = orders[1]
+    return torch.cat(orders, dim=-1)
+
+
+@cache
+def _couplings(l_max: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`_terms` as matrices, (a b, k) for each order from 1."""
+    found = []
+    for order, terms in enumerate(_terms(l_max), start=1):
+        coupling = torch.zeros(2 * order - 1, 3, 2 * order + 1, dtype=torch.float64)
+        for k, of_k in enumerate(terms):
+            for a, b, c in of_k:
+                coupling[a, b, k] = c
+        with torch.inference_mode(False):  # what is made within it could not enter a later gradient
+            found.append(coupling.flatten(0, 1).to(device=device, dtype=dtype, copy=True))
+    return found
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._e3nn import o3
 from .arrangement import stage
 from .errors import BackboneError
-from .harmonics import can_be_written_out, written_out
+from .harmonics import by_products, can_be_written_out, written_out
 from .mace_bridge import is_contraction, is_untrained, mace_modules
 
 
@@ -142,7 +142,7 @@ def domain_energies(
 
 
 def _spherical_harmonics_forward(self: Any, x: Tensor) -> Tensor:
-    if stage() and can_be_written_out(self):
-        return written_out(x, int(self._lmax))
+    if (now := stage()) and can_be_written_out(self):
+        return (written_out if now.compiled else by_products)(x, int(self._lmax))
     with torch.jit.optimized_execution(False):
         return type(self).forward(self, x)

@@ -90,7 +90,7 @@ class _Made:
     ) -> None:
         like = next(iter(gradients))
         self.changed = list(changed)
-        self.gradients = {p: torch.empty_like(p) for p in gradients}
+        self.gradients = {p: torch.empty_like(g) for p, g in gradients.items()}  # as they lie: copied as one
         self.numbers = torch.zeros(len(numbers), dtype=like.dtype, device=like.device)
         self._function = lambda: change(self.gradients, self.numbers.unbind())
         self._proven = False

@@ -110,12 +110,14 @@ def evaluator(network: nn.Module, inputs: Inputs, head_index: int) -> Callable[.
 
 
 def loss_evaluator(
-    network: nn.Module, inputs: Inputs, head_index: int, names: Sequence[str]
+    network: nn.Module, inputs: Inputs, head_index: int, names: Sequence[str], *, compiled: bool = True
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The function that is traced: the tensors `names` of the network, `Inputs.tensors`, `Targets.tensors` ->
     terms of energy and forces of the loss, doubt, its gradients with respect to `names` and to the tables of elements.
+
+    With `compiled=False` it is the same for those who call it as it is: the fewer operations, the better.
     """
-    run, n_tables = _runner(network, inputs, head_index), sum(len(t) for t in inputs.tables)
+    run, n_tables = _runner(network, inputs, head_index, compiled=compiled), sum(len(t) for t in inputs.tables)
 
     def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -137,7 +139,7 @@ def loss_evaluator(
 
 
 def _runner(
-    network: nn.Module, inputs: Inputs, head_index: int
+    network: nn.Module, inputs: Inputs, head_index: int, *, compiled: bool = True
 ) -> Callable[[Iterator[Tensor], dict[str, Tensor], bool], tuple[Tensor, list[Tensor], Stage]]:
     """What both do first: the network on (tensors of a batch, tensors in the place of its own, whether with a strain).
 
@@ -165,7 +167,7 @@ def _runner(
             **dict(unit_shifts=shifts, cell=positions.new_zeros(3, 3), batch=torch.zeros_like(arrangement.element)),
             **dict(ptr=one, head=one[:1] + head_index),
         }
-        with arranged(Stage(arrangement, tables)) as now:
+        with arranged(Stage(arrangement, tables, compiled)) as now:
             out = functional_call(network, own, (batch,), {"training": False, "compute_force": False})
         return out["node_energy"], wanted, now
 

@@ -7,7 +7,8 @@ switched off, and `remove` puts everything back, the order of names included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +80,22 @@ class UpdatedWeights:
         for path, folded in self._folded.items():  # in place: the tensors in use stay the same objects
             update = self.updates[path]
             folded.copy_(update.applied(self.originals[path].to(next(update.parameters()))))
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within this context all updates are switched off, and then as they were."""
+        before = {path: update.active for path, update in self.updates.items()}
+        self.switch(False)
+        try:
+            yield
+        finally:
+            for path, active in before.items():
+                self.switch(active, [path])
+
+    def name_of_own(self, path: str) -> str:
+        """Name in the network, while live, of the tensor that the update of `path` is applied to."""
+        tensor = self.sites[path].tensor
+        return f"{path.removesuffix(tensor)}parametrizations.{tensor}.original"
 
     def remove(self) -> None:
         """Leave the network's own tensors, as they were."""

@@ -31,7 +31,7 @@ from mmea_calc.config import AdapterConfig
 from mmea_calc.errors import CompilationError
 from mmea_calc.fast_path import use_fast_path
 from mmea_calc.graph import Batch
-from mmea_calc.harmonics import written_out
+from mmea_calc.harmonics import by_products, written_out
 from mmea_calc.mace_networks import repeat_to_the_bit
 from mmea_calc.machine_code import form_of
 from mmea_calc.potential import Potential
@@ -123,6 +123,7 @@ def test_written_out_harmonics_are_e3nns(l_max: int) -> None:
     vectors = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theirs = o3.spherical_harmonics(list(range(l_max + 1)), vectors, normalize=True, normalization="component")
     torch.testing.assert_close(written_out(vectors, l_max), theirs, rtol=0, atol=1e-13)
+    torch.testing.assert_close(by_products(vectors, l_max), theirs, rtol=0, atol=1e-13)
 
 
 def test_the_form_is_of_shapes_and_settings_and_not_of_values() -> None:

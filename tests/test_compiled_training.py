@@ -16,7 +16,7 @@ from ase import Atoms
 from ase.build import molecule
 from test_finetuning import QUICK, SMALL, dataset, tiny_backbone
 from torch import Tensor
-from waiting import Nothing, watched_recording
+from waiting import Nothing, Watching, watched_recording
 
 from conftest import batch_of, crystal, ethanol, network_config, random_network, randomise, small_backbone_around
 from mmea_calc import compiled_training, finetune, machine_code, read_adapter
@@ -230,6 +230,55 @@ def test_nothing_in_a_recorded_gradient_waits_for_the_device(monkeypatch: pytest
     for seed in range(5):
         assert_agrees(gradient, labelled(shaken(seed)))
     assert found == [set(), set()]
+
+
+def test_what_is_recorded_takes_few_operations() -> None:
+    """Compared with the form for compilers, which make few of many."""
+    potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
+    gradient, steps = recorded(potential, adapter), of(potential, adapter, labelled(ethanol()))
+    found = []
+    for form in ("as it is", "for compilers"):
+        if form == "for compilers":
+            gradient._program = Uncompiled(gradient)
+        gradient(*steps)
+        with Watching() as watching:
+            gradient(*steps)
+        found.append(watching.n)
+    assert found[0] < 0.7 * found[1]
+
+
+def test_a_recording_ends_with_the_addresses_that_it_reads() -> None:
+    potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
+    gradient = recorded(potential, adapter)
+    assert gradient._recordings is not None
+    kept = []
+    for seed in range(6):
+        if seed == 4:
+            for p in adapter.parameters():
+                p.data = 1.1 * p.data
+        assert_agrees(gradient, labelled(shaken(seed)))
+        kept.append(gradient._recordings.n_kept)
+    assert kept == [0, 0, 1, 1, 1, 1]
+    assert gradient._recordings._n_made == 2
+    gradient.close()
+    assert gradient._recordings.n_kept == 0
+
+
+def test_parameters_are_where_they_were_after_a_step() -> None:
+    """While it is computed others stand for them."""
+    potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
+    gradient, before = recorded(potential, adapter), adapter.parameters()
+    assert_agrees(gradient, labelled(ethanol()))
+    assert all(a is b for a, b in zip(before, adapter.parameters(), strict=True))
+    assert all(update.active for update in adapter.updates.values())
+
+    def fail(inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        raise RuntimeError("no")
+
+    gradient._program = fail
+    with pytest.warns(UserWarning, match="not recorded: no"), pytest.raises(RuntimeError, match="no"):
+        gradient(*of(potential, adapter, labelled(ethanol())))
+    assert all(a is b for a, b in zip(before, adapter.parameters(), strict=True))
 
 
 def test_what_cannot_be_recorded_is_told_once_and_computed_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from mmea_calc.recorded import Recording
 
 
 class Watching(TorchDispatchMode):
-    """Which operations wait for the device, or bring something from the host."""
+    """Which operations wait for the device, or bring something from the host; and how many there are."""
 
     WAIT = (
         "_local_scalar_dense",
@@ -28,8 +28,10 @@ class Watching(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self.n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.n += 1
         name = func.overloadpacket.__name__
         if any(name.startswith((word, "_" + word)) for word in self.WAIT):
             self.found.add(name)
