@@ -11,7 +11,8 @@ elements (`contraction`). So one program serves all methods that change the same
 The first batch is computed by `plainly` too, and the two are compared.
 
 On a GPU shapes of batches that come again are recorded, as CUDA graphs (`recorded`), compiled or not: batches of one
-molecule have one shape, since their edges stand in tables that are filled up (`full_table`).
+molecule have one shape, since their edges stand in tables that are filled up (`full_table`). Tables are made where the
+batch is: with the host there is no operation to start for them, and all goes to the device in one copy.
 """
 
 from __future__ import annotations
@@ -151,7 +152,10 @@ class CompiledGradient:
     def __call__(
         self, batch: Batch, labels: Labels, weights: LossWeights, plainly: Callable[[], tuple[Loss, Gradients]]
     ) -> tuple[Loss, Gradients] | None:
-        """Of one batch; None where it must be computed plainly: no neighbours, atoms too close, tables mostly empty."""
+        """Of one batch, with the host or on the device.
+
+        None where it must be computed plainly: no neighbours, atoms too close, tables mostly empty.
+        """
         if not self._usable or batch.tensors["edge_index"].shape[1] == 0 or batch.n_atoms < 2:
             return None
         if self._proven:
@@ -176,7 +180,8 @@ class CompiledGradient:
             return None
         inputs = Inputs.of(batch, arrangement, (), stress=False)
         targets = targets_of(batch, labels, weights, self.potential.reference_energy_of(batch), self.delta)
-        energy, forces, doubt, *found = self._run([*inputs.tensors(), *targets.tensors()])
+        given = on_device([*inputs.tensors(), *targets.tensors()], self.potential.device)
+        energy, forces, doubt, *found = self._run(given)
         if bool(doubt):
             return None
         rest = iter(found)
@@ -253,6 +258,33 @@ class CompiledGradient:
         """Give the memory of recordings back."""
         if self._recordings is not None:
             self._recordings.close()
+
+
+def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors where they are needed; those of the host come there in one copy, which nobody waits for."""
+    if all(t.device == device for t in tensors):
+        return list(tensors)
+    together = packed(tensors)
+    if device.type == "cuda":
+        together = together.pin_memory()
+    return unpacked(together.to(device, non_blocking=True), tensors)
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """All bytes of tensors in a row, those of large entries first: each begins at a multiple of its entries' size."""
+    return torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in _by_size(tensors)])
+
+
+def unpacked(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `packed`, in the same memory."""
+    order = _by_size(like)
+    pieces = together.split([like[i].numel() * like[i].element_size() for i in order])
+    found = {i: piece.view(like[i].dtype).view(like[i].shape) for i, piece in zip(order, pieces, strict=True)}
+    return [found[i] for i in range(len(like))]
+
+
+def _by_size(tensors: Sequence[Tensor]) -> list[int]:
+    return sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
 
 
 def _joined(tables: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -149,7 +149,7 @@ def _parts(prediction: Prediction, steps: Sequence[Step]) -> Iterator[Prediction
         stresses,
         strict=True,
     ):
-        reference = step.potential.reference_energy_of(step.batch)
+        reference = step.potential.reference_energy_of(step.on_device[0])
         yield Prediction(reference + energy.double(), energy, node_energy, forces, stress if step.stress else None)
 
 

@@ -135,7 +135,7 @@ class Potential:
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def reference_energy_of(self, batch: Batch) -> Tensor:
-        """Sum of the reference energies of each structure's atoms, (n_graphs,), eV, float64."""
+        """Sum of the reference energies of each structure's atoms, (n_graphs,), eV, float64, where the batch is."""
         return self._references_of(batch)[1]
 
     @property
@@ -170,14 +170,14 @@ class Potential:
                 f"the structure has a total charge of {charge:g}, of which this backbone knows nothing", stacklevel=3
             )
 
-    def collate(self, graphs: Sequence[Graph]) -> Batch:
-        """One batch on the backbone's device and in its precision. Raises DataError."""
+    def collate(self, graphs: Sequence[Graph], *, device: torch.device | None = None) -> Batch:
+        """One batch on a device, the backbone's if none is given, and in its precision. Raises DataError."""
         return collate(
             graphs,
             self.backbone.elements,
             head_index=self.backbone.head_index,
             dtype=self.dtype,
-            device=self.device,
+            device=self.device if device is None else device,
         )
 
     def predict(self, batch: Batch, *, forces: bool = True, stress: bool = False, training: bool = False) -> Prediction:
@@ -308,16 +308,16 @@ class Potential:
         numbers, owner = batch.numbers, batch.tensors["batch"]
         # Energies by their values: a user may change one of them.
         if kept is None or kept[1] is not numbers or kept[2] is not owner or kept[0] != energies:
-            per_atom = self._reference_table()[numbers]
-            zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=self.device)
+            per_atom = self._reference_table(numbers.device)[numbers]
+            zero = torch.zeros(batch.n_graphs, dtype=torch.float64, device=numbers.device)
             self._references = kept = (dict(energies), numbers, owner, per_atom, zero.index_add(0, owner, per_atom))
         return kept[3], kept[4]
 
-    def _reference_table(self) -> Tensor:
+    def _reference_table(self, device: torch.device) -> Tensor:
         """By atomic number."""
         energies, kept = self.reference_energies, self._table
-        if kept is None or kept[0] != energies or kept[1].device != self.device:
+        if kept is None or kept[0] != energies or kept[1].device != device:
             table = torch.zeros(120, dtype=torch.float64)
             table[list(energies)] = torch.tensor(list(energies.values()), dtype=torch.float64)
-            self._table = kept = (dict(energies), table.to(self.device))
+            self._table = kept = (dict(energies), table.to(device))
         return kept[1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar, overload
 
 import numpy as np
+import torch
 
 from .config import TrainConfig
 from .dataset import Dataset, Labelled
@@ -91,9 +92,10 @@ class Samples:
         both._prepared = None
         return both
 
-    def labels(self, indices: Sequence[int], potential: Potential) -> Labels:
+    def labels(self, indices: Sequence[int], potential: Potential, *, device: torch.device | None = None) -> Labels:
+        """In the precision of a potential, on a device, its own if none is given."""
         chosen = [self.structures[i] for i in indices]
-        return collect_labels(chosen, dtype=potential.dtype, device=potential.device)
+        return collect_labels(chosen, dtype=potential.dtype, device=potential.device if device is None else device)
 
     def for_reference_energies(self, dataset: Dataset) -> tuple[Dataset, Sequence[Graph]]:
         """Structures that reference energies are fitted to: `dataset` itself, or a sample of prepared data."""

@@ -7,8 +7,8 @@ the step by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass, field, fields
+from functools import cached_property, wraps
 from inspect import Signature, signature
 from typing import ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ from .potential import Potential, Prediction
 
 P = ParamSpec("P")
 T = TypeVar("T")
+OfTensors = TypeVar("OfTensors", Labels, LossWeights)
 Gradients = Sequence[Tensor | None]
 
 
@@ -33,7 +34,7 @@ class Step:
     Attributes:
         potential, adapter: what is trained.
         graphs, batch: the structures.
-        labels, weights, config: what the loss is made of.
+        labels, weights, config: what the loss is made of. They and the batch may be with the host.
         stress: whether stresses are in it.
         found: the loss and its gradient with respect to `adapter.parameters()`, once somebody has computed them.
     """
@@ -48,14 +49,27 @@ class Step:
     stress: bool
     found: tuple[Loss, Gradients] | None = field(default=None, init=False)
 
+    @cached_property
+    def on_device(self) -> tuple[Batch, Labels, LossWeights]:
+        """Batch, labels and weights where the potential is."""
+        device = self.potential.device
+        tensors = {name: t.to(device) for name, t in self.batch.tensors.items()}
+        batch = Batch(tensors, self.batch.numbers.to(device), self.batch.atoms_per_graph.to(device))
+        return batch, _to(device, self.labels), _to(device, self.weights)
+
     def loss(self, prediction: Prediction) -> Loss:
         """Of a prediction for the batch."""
-        return loss_of(prediction, self.labels, self.weights, self.config)
+        _, labels, weights = self.on_device
+        return loss_of(prediction, labels, weights, self.config)
 
     def plainly(self) -> tuple[Loss, Gradients]:
         """Loss and gradient, by the network itself."""
-        loss = self.loss(self.potential.predict(self.batch, stress=self.stress, training=True))
+        loss = self.loss(self.potential.predict(self.on_device[0], stress=self.stress, training=True))
         return loss, torch.autograd.grad(loss.total, self.adapter.parameters(), allow_unused=True)
+
+
+def _to(device: torch.device, of: OfTensors) -> OfTensors:
+    return type(of)(*(getattr(of, f.name).to(device) for f in fields(of)))
 
 
 Training = Generator[Step, None, T]

@@ -34,6 +34,7 @@ from .steps import Gradients, Step, Training, to_the_end
 from .team import SOLO, Team
 
 CHECKPOINT_VERSION = 1
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,9 @@ class Trainer:
                 yield from self._epoch()
                 self.save()
         finally:
+            if self._compiled is not None:
+                self._compiled.close()
+            self.optimiser.close()
             self.use_best()
 
     def use_best(self) -> None:
@@ -165,9 +169,8 @@ class Trainer:
         sums = np.zeros(4)
         n_rows = 0
         for rows in self._batches():
-            loss = yield from self._step(rows, stage)
-            parts = (loss.total, loss.energy, loss.forces, loss.stress)
-            sums += len(rows) * np.array([float(t.detach()) for t in parts])
+            parts = yield from self._step(rows, stage)
+            sums += len(rows) * np.array(parts)
             n_rows += len(rows)
         self.epoch += 1
         sums /= n_rows
@@ -205,7 +208,8 @@ class Trainer:
         for step, more in enumerate(replayed):
             yield order[step * size : (step + 1) * size].tolist() + more
 
-    def _step(self, rows: list[int], stage: int) -> Generator[Step, None, Loss]:
+    def _step(self, rows: list[int], stage: int) -> Generator[Step, None, list[float]]:
+        """One step; the loss and its terms of energy, forces and stress."""
         if self.config.schedule != "plateau" and stage == 1:
             self.optimiser.lr = self._scheduled_lr()
         if self.team.size == 1:
@@ -217,11 +221,13 @@ class Trainer:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
-            self._stop(rows, float(loss.total.detach()))
+        # One question to the device, before it is busy with the optimiser: then the next batch is made meanwhile.
+        numbers = torch.stack([t.detach() for t in (loss.total, loss.energy, loss.forces, loss.stress, norm)]).tolist()
+        if not (math.isfinite(numbers[0]) and math.isfinite(numbers[-1])):
+            self._stop(rows, numbers[0])
         self.optimiser.step()
         self.step += 1
-        return loss
+        return numbers[:-1]
 
     def _from_all(self, rows: list[int], stage: int) -> tuple[Loss, Gradients]:
         """Loss of a batch and its gradient, from all processes."""
@@ -231,15 +237,15 @@ class Trainer:
         return add_up(self.team, part, gradients, self.parameters)
 
     def _of(self, rows: list[int], stage: int, counts: LabelCounts | None = None) -> Step:
-        """The step of these structures; with `counts`, of a part of a batch."""
+        """The step of these structures, with the host; with `counts`, of a part of a batch."""
         graphs = [self.train.graphs[i] for i in rows]
-        labels = self.train.labels(rows, self.potential)
+        labels = self.train.labels(rows, self.potential, device=_HOST)
         energy_weight, forces_weight = stage_weights(self.config, stage)
         weights = LossWeights.of(
             labels, self.config, energy_weight=energy_weight, forces_weight=forces_weight, counts=counts
         )
         stress = self.config.stress_weight > 0 and self.train.has_stress
-        batch = self.potential.collate(graphs)
+        batch = self.potential.collate(graphs, device=_HOST)
         return Step(self.potential, self.adapter, graphs, batch, labels, weights, self.config, stress)
 
     def _computed(self, step: Step) -> tuple[Loss, Gradients]:

@@ -24,7 +24,7 @@ from mmea_calc.adapted import Adapter, attach
 from mmea_calc.adapter_state import SHORTEST
 from mmea_calc.arrangement import arrange
 from mmea_calc.backbone import Backbone
-from mmea_calc.compiled_training import CompiledGradient, difference, targets_of
+from mmea_calc.compiled_training import CompiledGradient, difference, on_device, packed, targets_of, unpacked
 from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.dataset import Labelled
 from mmea_calc.errors import CompilationError
@@ -232,6 +232,28 @@ def test_nothing_in_a_recorded_gradient_waits_for_the_device(monkeypatch: pytest
     assert found == [set(), set()]
 
 
+def test_what_goes_to_a_device_goes_there_in_one_copy_and_comes_out_as_it_was() -> None:
+    some = [
+        torch.rand(5, 3),
+        torch.tensor([[True, False], [False, True], [True, True]]),
+        torch.arange(7),
+        torch.rand(2, 3, dtype=torch.float64).T,
+        torch.tensor(2.5),
+        torch.zeros(0, 3),
+    ]
+    together = packed(some)
+    assert together.dtype == torch.uint8
+    for one, other in zip(unpacked(together, some), some, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+        assert one.data_ptr() % one.element_size() == 0
+    with Watching() as watching:
+        there = on_device(some, torch.device("meta"))
+    assert watching.names.count("_to_copy") == 1
+    assert [(t.shape, t.dtype) for t in there] == [(t.shape, t.dtype) for t in some]
+    assert all(a is b for a, b in zip(on_device(some, torch.device("cpu")), some, strict=True))
+
+
 def test_what_is_recorded_takes_few_operations() -> None:
     """Compared with the form for compilers, which make few of many."""
     potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
@@ -243,7 +265,7 @@ def test_what_is_recorded_takes_few_operations() -> None:
         gradient(*steps)
         with Watching() as watching:
             gradient(*steps)
-        found.append(watching.n)
+        found.append(len(watching.names))
     assert found[0] < 0.7 * found[1]
 
 

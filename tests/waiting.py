@@ -12,7 +12,7 @@ from mmea_calc.recorded import Recording
 
 
 class Watching(TorchDispatchMode):
-    """Which operations wait for the device, or bring something from the host; and how many there are."""
+    """Which operations wait for the device, or bring something from the host; and the names of all."""
 
     WAIT = (
         "_local_scalar_dense",
@@ -28,11 +28,11 @@ class Watching(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self.n = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.n += 1
         name = func.overloadpacket.__name__
+        self.names.append(name)
         if any(name.startswith((word, "_" + word)) for word in self.WAIT):
             self.found.add(name)
         if name in ("index", "index_put", "index_put_") and any(

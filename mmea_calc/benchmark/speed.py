@@ -27,7 +27,8 @@ from ..compiled_training import CompiledGradient, Gradients
 from ..config import AdapterConfig, MDConfig, TrainConfig
 from ..dataset import Labelled
 from ..errors import BackboneError, CompilationError
-from ..loss import Loss, LossWeights, collect_labels, loss_of
+from ..graph import Batch
+from ..loss import Labels, Loss, LossWeights, collect_labels, loss_of
 from ..md.simulation import Simulation
 from ..optimiser import Optimiser
 from ..potential import Potential
@@ -297,19 +298,25 @@ def training_step(config: SpeedConfig, ours: bool) -> tuple[Callable[[], object]
         optimiser = torch.optim.Adam(parameters, lr=training.lr, amsgrad=True)
 
     def step_of(size: int) -> Callable[[], object]:
-        batch = potential.collate([potential.graph(aspirin())] * size)
+        graphs = [potential.graph(aspirin())] * size
         structures = [Labelled(aspirin(), energy=0.0, forces=np.zeros((len(aspirin()), 3)))] * size
-        labels = collect_labels(structures, dtype=potential.dtype, device=potential.device)
-        weights = LossWeights.of(
-            labels, training, energy_weight=training.energy_weight, forces_weight=training.forces_weight
-        )
+
+        def inputs(device: torch.device) -> tuple[Batch, Labels, LossWeights]:
+            labels = collect_labels(structures, dtype=potential.dtype, device=device)
+            weights = LossWeights.of(
+                labels, training, energy_weight=training.energy_weight, forces_weight=training.forces_weight
+            )
+            return potential.collate(graphs, device=device), labels, weights
+
+        given = inputs(torch.device("cpu"))  # as a training has it
+        batch, labels, weights = inputs(potential.device)
 
         def plainly() -> tuple[Loss, Gradients]:
             loss = loss_of(potential.predict(batch, training=True), labels, weights, training)
             return loss, torch.autograd.grad(loss.total, list(parameters), allow_unused=True)
 
         def step() -> tuple[Loss, Gradients]:
-            loss, gradients = (compiled and compiled(batch, labels, weights, plainly)) or plainly()
+            loss, gradients = (compiled and compiled(*given, plainly)) or plainly()
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimiser.step()
