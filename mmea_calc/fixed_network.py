@@ -36,8 +36,9 @@ class FixedNetwork:
         fixed = Batch(tensors, batch.numbers, batch.atoms_per_graph)
         self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=stress)
         program = None if plainly or other is not None else potential.program(stress=stress)
-        self._run: Callable[..., Sequence[Tensor]] = (
-            evaluator(network, self._inputs, potential.backbone.head_index) if program is None else program
+        head_index = potential.backbone.head_index
+        self._run: Callable[..., Sequence[Tensor]] = program or evaluator(
+            network, self._inputs, head_index, compiled=False
         )
 
     def __call__(self, positions: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -92,12 +92,15 @@ def contraction_forms(network: nn.Module) -> list[TableContraction]:
     return [form for form in forms if isinstance(form, TableContraction)]
 
 
-def evaluator(network: nn.Module, inputs: Inputs, head_index: int) -> Callable[..., tuple[Tensor, ...]]:
+def evaluator(
+    network: nn.Module, inputs: Inputs, head_index: int, *, compiled: bool = True
+) -> Callable[..., tuple[Tensor, ...]]:
     """The function that is traced: `Inputs.tensors` -> node energies, forces, (gradient of the strain), doubt.
 
-    It takes what is made like `inputs`: with or without stresses.
+    It takes what is made like `inputs`: with or without stresses. With `compiled=False` it is the same for those who
+    call it as it is: the fewer operations, the better.
     """
-    stress, run = inputs.strain is not None, _runner(network, inputs, head_index)
+    stress, run = inputs.strain is not None, _runner(network, inputs, head_index, compiled=compiled)
 
     def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
         rest = iter(inputs)
@@ -115,7 +118,7 @@ def loss_evaluator(
     """The function that is traced: the tensors `names` of the network, `Inputs.tensors`, `Targets.tensors` ->
     terms of energy and forces of the loss, doubt, its gradients with respect to `names` and to the tables of elements.
 
-    With `compiled=False` it is the same for those who call it as it is: the fewer operations, the better.
+    `compiled`: see `evaluator`.
     """
     run, n_tables = _runner(network, inputs, head_index, compiled=compiled), sum(len(t) for t in inputs.tables)
 
