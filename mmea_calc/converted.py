@@ -25,6 +25,7 @@ from .arrangement import stage
 from .backbone import Backbone
 from .errors import AdapterError, BackboneError, CompilationError
 from .graph import Batch, Found
+from .head_mask import use_head_masks
 from .mace_bridge import is_radial_embedding, of_cuequivariance
 from .mace_networks import accept_neutral_graphs, repeat_to_the_bit
 from .tensor_state import Watched
@@ -76,6 +77,7 @@ class ConvertedNetwork:
         network.requires_grad_(False).eval()
         accept_neutral_graphs(network)
         repeat_to_the_bit(network)
+        use_head_masks(network)
         adapter = self.adapter
         if adapter is None or adapter.foldable:
             return network

@@ -6,6 +6,7 @@
 | convolution | `convolution` | tensor products per edge, and the memory of every edge's message |
 | self-connections, in compiled networks | `self_connection` | products with the elements that an atom is not |
 | linear layers, in compiled networks | `piecewise` | taking features apart, and the gradients of that |
+| readouts of several heads, in compiled networks | `head_mask` | a mask that comes from the host |
 
 They replace a `forward` on the given network's own modules. They read the parameters that are there, so adapters and
 changes of weights are seen, and they can be taken off again.
@@ -19,6 +20,7 @@ from torch import nn
 
 from .contraction import remove_table_contraction, use_table_contraction
 from .convolution import remove_fast_convolution, use_fast_convolution
+from .head_mask import remove_head_masks, use_head_masks
 from .piecewise import remove_pieces, use_pieces
 from .self_connection import remove_self_connections, use_self_connections
 
@@ -28,6 +30,7 @@ def use_fast_path(network: nn.Module) -> None:
     use_table_contraction(network)
     use_self_connections(network)
     use_pieces(network)
+    use_head_masks(network)
     if kept := use_fast_convolution(network):
         listed = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         warnings.warn(f"some convolutions run in mace-torch's own, slower form: {listed}", stacklevel=2)
@@ -38,4 +41,5 @@ def remove_fast_path(network: nn.Module) -> None:
     remove_table_contraction(network)
     remove_self_connections(network)
     remove_pieces(network)
+    remove_head_masks(network)
     remove_fast_convolution(network)

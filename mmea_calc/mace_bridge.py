@@ -392,6 +392,15 @@ def reshapes(network: nn.Module) -> list[Any]:
     return [m for m in found if getattr(m, "cueq_config", None) is None]
 
 
+def headed_readouts(network: nn.Module) -> list[Any]:
+    """Readouts that keep the hidden channels of one head of several: `non_linearity` of `linear_1` and a mask, in one
+    of the two kinds the same with `linear_mid`, then `linear_2`.
+    """
+    blocks, names = sys.modules.get("mace.modules.blocks"), ("NonLinearReadoutBlock", "NonLinearBiasReadoutBlock")
+    kinds = tuple(kind for name in names if (kind := getattr(blocks, name, None)) is not None)
+    return [m for m in network.modules() if isinstance(m, kinds) and getattr(m, "num_heads", 1) > 1]
+
+
 def element_layers(network: nn.Module) -> list[str]:
     """Paths of the linear layers of a MACE network that see nothing but an atom's element, in the order of their calls.
 
