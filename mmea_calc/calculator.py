@@ -327,10 +327,7 @@ class MMEACalculator(Calculator):
         return members[0] if len(members) == 1 else combine(members)
 
     def _evaluate_mounted(self, batch: Batch, stress: bool) -> Results:
-        found = _results_of(self.potential.predict(batch, stress=stress))
-        if not np.isfinite(found["energy"]):
-            raise DataError(f"the energy is {found['energy']}: are two atoms at the same place?")
-        return found
+        return _results_of(self.potential.predict(batch, stress=stress))
 
     # -- copying and storing -------------------------------------------------------------------------------------
 
@@ -389,9 +386,11 @@ def _checked(atoms: object) -> Atoms:
 
 
 def _results_of(prediction: Prediction) -> Results:
-    """ASE's results, of a batch of one structure."""
+    """ASE's results, of a batch of one structure. Raises DataError."""
     assert prediction.forces is not None
     energy = float(prediction.energy[0])
+    if not np.isfinite(energy):
+        raise DataError(f"the energy is {energy}: are two atoms at the same place?")
     results: Results = {
         "energy": energy,
         "free_energy": energy,

@@ -222,6 +222,11 @@ class Programs:
         _, opened = self._opened(adapter, stress=stress)
         return opened.program if opened is not None and opened.proven else None
 
+    def unproven(self, adapter: Adapter | None, *, stress: bool) -> bool:
+        """Whether there is something to stand for the network as it is that no batch has shown to be right yet."""
+        _, opened = self._opened(adapter, stress=stress)
+        return opened is not None and not opened.proven
+
     def _opened(self, adapter: Adapter | None, *, stress: bool) -> tuple[tuple[object, ...], _Opened | None]:
         if attached(self.backbone.network) is not adapter:
             return (), None

@@ -32,6 +32,8 @@ class FixedNetwork:
         network, elements = other or potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
         with torch.no_grad():
             tables = [form.tables_of(elements[1]) for form in contraction_forms(network)]
+        # A recording reads them where they are, and whoever merges the adapter again makes others in their place.
+        self._derived = {} if potential.adapter is None else potential.adapter.derived()
         tensors = {**batch.tensors, "edge_index": table.index}
         fixed = Batch(tensors, batch.numbers, batch.atoms_per_graph)
         self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=stress)

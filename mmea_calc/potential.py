@@ -233,6 +233,10 @@ class Potential:
         found = self._programs.proven(self.adapter, stress=stress) if self.backbone.fast else None
         return found.network() if isinstance(found, ConvertedNetwork) else None
 
+    def unproven(self, *, stress: bool = False) -> bool:
+        """Whether there is a `program` or a `stand_in` that only awaits a call of `predict` which proves it."""
+        return self.backbone.fast and self._programs.unproven(self.adapter, stress=stress)
+
     def state(self) -> State:
         """All that predictions depend on, for `tensor_state.same_state`: values of the network and what is on it."""
         network = self.backbone.network

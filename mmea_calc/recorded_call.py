@@ -1,15 +1,20 @@
-"""Calls for one structure whose atoms move, on a GPU: recorded once, and started as one from then on (`recorded`).
+"""Calls for one structure whose atoms move, on a GPU: at every step of a dynamics or relaxation that others drive.
 
-What `MMEACalculator` does at every step of a dynamics or relaxation that somebody else drives. The edges are those of a
-list with a skin (`FullTable`), made anew when an atom has moved half the skin, and recorded anew only if the list needs
-a larger width. Another structure, cell, adapter or value of a weight is seen, and recorded anew. The first result is
-compared with the plain path.
+`MMEACalculator` asks here. Positions go to the device, and all else is there: the neighbour list has a skin, and is
+made anew, where the positions are, when an atom has moved half of it. A call is then one of two:
+
+| edges | call |
+|---|---|
+| up to `MOST_EDGES` | of all pairs of the list (`FullTable`), recorded once and then started as one (`recorded`) |
+| more, or what cannot be recorded | an ordinary one, of the pairs within the cutoff |
+
+Another structure, cell, adapter or value of a weight is seen, and recorded anew; a new list only if it needs a larger
+width. The first result of a recording is compared with the plain path.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,21 +25,13 @@ from .compiled import Found, disagreement, stress_of
 from .errors import first_line
 from .fixed_network import FixedNetwork
 from .full_table import MOST_EDGES, WIDTHS, FullTable, width_of
-from .graph import Batch, FloatArray, Graph, build_graph
+from .graph import FloatArray
+from .md.forces import ReplicaForces
+from .md.neighbours import SKIN, Pairs
+from .md.state import Layout, Replica
 from .potential import Potential, Prediction
 from .recorded import Recording
 from .tensor_state import State, same_state
-
-SKIN = 1.0  # A
-
-
-@dataclass
-class _List:
-    """A neighbour list with a skin, and the structure that it is of."""
-
-    atoms: Atoms
-    graph: Graph
-    batch: Batch
 
 
 class RecordedCall:
@@ -45,7 +42,8 @@ class RecordedCall:
         skin: of the neighbour list, A.
 
     Attributes:
-        n_calls, n_recorded, n_lists: how often it gave a prediction, was recorded, made a list.
+        usable: whether calls are recorded.
+        n_calls, n_recorded, n_lists: how often a recording gave a prediction, one was made, a list was made.
     """
 
     def __init__(self, potential: Potential, skin: float = SKIN) -> None:
@@ -53,73 +51,72 @@ class RecordedCall:
         self.usable = potential.backbone.fast
         self.n_calls, self.n_recorded, self.n_lists = 0, 0, 0
         self._seen: Atoms | None = None
-        self._list: _List | None = None
-        self._tensors: _Fixed | None = None
         self._values = State()
+        self._moving: _Moving | None = None
+        self._fixed: _Fixed | None = None
         self._proven = False
 
     def predict(self, atoms: Atoms, *, stress: bool) -> Prediction | None:
         """Energy, forces and, if asked for, stress; None if `Potential.predict` is to be asked instead.
 
-        That is so for a structure that is not the one before with other positions: it may be seen once only, and what
-        is to be said of it is said there.
+        That is so where the call before was of another structure, or of other values of the network: they may be seen
+        once only, and what is to be said of them is said there.
         """
-        if not self.usable:
-            return None
-        if self._seen is None or not _only_moved(self._seen, atoms):
-            self._seen, self._list = atoms.copy(), None
-            self._close()
+        if not self.potential.backbone.fast or not self._was_seen(atoms):
             return None
         if len(atoms) < 2 or not np.isfinite(atoms.positions).all():
             return None
-        try:
-            return self._predict(atoms, stress)
-        except RuntimeError as problem:  # whatever torch says of what cannot be recorded
-            self._give_up(f"it cannot be recorded: {first_line(problem)}")
-            return None
+        moving, positions = self._moved(atoms)
+        if self.usable and moving.width * len(atoms) <= MOST_EDGES:
+            try:
+                found = self._recorded(moving, positions, atoms, stress)
+            except RuntimeError as problem:  # whatever torch says of what cannot be recorded
+                self._give_up(f"it cannot be recorded: {first_line(problem)}")
+                found = None
+            if found is not None:
+                self.n_calls += 1
+                return self.potential.totalled(moving.forces.batch, found)
+        return moving.forces.predict(positions, stress=stress)
 
-    def _predict(self, atoms: Atoms, stress: bool) -> Prediction | None:
-        now, fresh = self._list, False
-        moved = None if now is None else atoms.positions - now.atoms.positions
-        if now is None or moved is None or float((moved * moved).sum(1).max()) > (0.5 * self.skin) ** 2:
-            now, fresh, moved = self._list_of(atoms), True, np.zeros((len(atoms), 3))
-            self._list, self.n_lists = now, self.n_lists + 1
-        fixed = self._fixed_for(now, stress, fresh)
-        if fixed is None:
+    def _was_seen(self, atoms: Atoms) -> bool:
+        """Whether all but positions is as it was in the call before."""
+        values = self.potential.state()
+        if self._seen is not None and _only_moved(self._seen, atoms) and same_state(values, self._values):
+            return True
+        self._seen, self._values, self._moving = atoms.copy(), values, None
+        self._close()
+        return False
+
+    def _moved(self, atoms: Atoms) -> tuple[_Moving, Tensor]:
+        """The structure with its atoms there, and where they are."""
+        if self._moving is None:
+            self._moving = _Moving(self.potential, atoms.copy(), self.skin)
+        positions = torch.tensor(atoms.positions, dtype=torch.float64, device=self.potential.device)
+        self.n_lists += self._moving.move(atoms.positions, positions)
+        return self._moving, positions
+
+    def _recorded(self, moving: _Moving, positions: Tensor, atoms: Atoms, stress: bool) -> Found | None:
+        """None if an ordinary call is to be made."""
+        # By that call a program is proven. What is recorded before would do without, and be kept.
+        if self.potential.unproven(stress=stress):
+            self._close()
             return None
-        found = fixed(moved)
-        if found is None or not (self._proven or self._agrees(found, atoms, stress)):
+        fixed = self._fixed
+        if fixed is None or fixed.stress != stress or not fixed.take(moving):
+            self._close()
+            fixed = self._fixed = _Fixed(moving, positions, stress)
+            self._proven, self.n_recorded = False, self.n_recorded + 1
+        found = fixed(positions)
+        if found is None or not (self._proven or self._agrees(found, atoms)):
             return None
         # Where atoms are as they were when it was recorded, something that does nothing at all agrees as well.
-        self._proven = self._proven or bool(moved.any())
-        self.n_calls += 1
-        return self.potential.totalled(now.batch, found)
+        self._proven = self._proven or not torch.equal(positions, fixed.recorded_at)
+        return found
 
-    def _list_of(self, atoms: Atoms) -> _List:
-        graph = build_graph(atoms, self.potential.backbone.r_max + self.skin)
-        return _List(atoms.copy(), graph, self.potential.collate([graph]))
-
-    def _fixed_for(self, of: _List, stress: bool, fresh: bool) -> _Fixed | None:
-        """The recording for this list; None if it would not pay."""
-        values = self.potential.state()
-        if not same_state(values, self._values):
-            self._values = values
-            self._close()
-        kept = self._tensors
-        if kept is not None and kept.stress == stress and (not fresh or kept.take(of)):
-            return kept
-        width = width_of(of.batch.tensors["edge_index"], of.batch.n_atoms, WIDTHS)
-        if width * of.batch.n_atoms > MOST_EDGES:
-            return None
-        self._close()
-        self._tensors, self._proven = _Fixed(self.potential, of, width, stress), False
-        self.n_recorded += 1
-        return self._tensors
-
-    def _agrees(self, found: Found, atoms: Atoms, stress: bool) -> bool:
+    def _agrees(self, found: Found, atoms: Atoms) -> bool:
         """With the plain path."""
         batch = self.potential.collate([self.potential.graph(atoms)])
-        difference, allowed = disagreement(found, self.potential.found_plainly(batch, stress=stress))
+        difference, allowed = disagreement(found, self.potential.found_plainly(batch, stress=found.stress is not None))
         agrees = difference <= allowed
         if not agrees:
             self._give_up(
@@ -130,12 +127,12 @@ class RecordedCall:
 
     def _close(self) -> None:
         """Forget the recording, and with it its memory."""
-        if self._tensors is not None:
-            self._tensors.close()
-        self._tensors = None
+        if self._fixed is not None:
+            self._fixed.close()
+        self._fixed = None
 
     def _give_up(self, why: str) -> None:
-        self.usable, self._list = False, None
+        self.usable = False
         self._close()
         warnings.warn(f"every call starts its operations one by one ({why})", stacklevel=5)
 
@@ -146,49 +143,87 @@ def _only_moved(one: Atoms, other: Atoms) -> bool:
     return all(np.array_equal(a, b) for a, b in arrays)
 
 
-class _Fixed:
-    """A recorded call, and the tensors that it reads and writes."""
+class _Moving:
+    """A structure whose atoms move, and the pairs that may be within the cutoff.
 
-    def __init__(self, potential: Potential, of: _List, width: int, stress: bool) -> None:
-        self.r_max, self.stress = potential.backbone.r_max, stress
-        edges, n_atoms = of.batch.tensors["edge_index"], of.batch.n_atoms
-        self.table = FullTable.of(edges, n_atoms, width)
-        self.placed = of.batch.tensors["positions"].double()
-        self.cell = of.batch.tensors["cell"]
-        self.shifts = self.table.shifts(of.batch.tensors["shifts"], self.r_max)
-        self.moved = torch.zeros_like(self.placed)
-        self.network = FixedNetwork(potential, of.batch, self.table, stress=stress)
-        self.set_positions(of)
-        self._recording = Recording(self._call, potential.device)
+    Attributes:
+        forces: its energies and forces by ordinary calls, as a batch of one replica.
+        pairs: the list.
+        width: of a table of them, see `width_of`.
+    """
+
+    pairs: Pairs
+    width: int
+
+    def __init__(self, potential: Potential, atoms: Atoms, skin: float) -> None:
+        self.forces = ReplicaForces(potential, Layout([Replica(0, 0.0, 0, atoms)], device=potential.device), skin)
+        self._made_at: FloatArray | None = None
+
+    def move(self, here: FloatArray, positions: Tensor) -> bool:
+        """Have a list for these positions (n_atoms, 3), A, given on the host and on the device; whether it is new."""
+        neighbours, first = self.forces.neighbours, not hasattr(self, "pairs")
+        if not first:
+            if self._made_at is None:  # all pairs
+                return False
+            moved = here - self._made_at  # asked here, since the device would be waited for
+            if float((moved * moved).sum(1).max()) <= (0.5 * neighbours.skin) ** 2:
+                return False
+        pairs = neighbours.candidates(positions)
+        if not first and pairs is self.pairs:
+            return False
+        self.pairs, at = pairs, neighbours.made_at
+        self._made_at = None if at is None else at.cpu().numpy()
+        self.width = width_of(pairs.index, len(here), 1 if at is None else WIDTHS)
+        return True
+
+
+class _Fixed:
+    """A recorded call, and the tensors that it reads and writes.
+
+    Attributes:
+        recorded_at: the positions that it was recorded with.
+    """
+
+    def __init__(self, moving: _Moving, positions: Tensor, stress: bool) -> None:
+        self.forces, self.stress = moving.forces, stress
+        self._pairs, n_atoms = moving.pairs, len(positions)
+        self.table = FullTable.of(moving.pairs.index, n_atoms, moving.width)
+        unit_shifts, shifts, radii = (
+            self.table.spread(t) for t in (self._pairs.unit_shifts, self._pairs.shifts, self._pairs.radii)
+        )
+        self.edges = Pairs(self.table.index, unit_shifts, shifts, radii, torch.zeros_like(self.table.pair))
+        self.positions, self.recorded_at = positions.clone(), positions.clone()
+        self.network = FixedNetwork(self.forces.potential, self.forces.batch, self.table, stress=stress)
+        self._recording = Recording(self._call, positions.device)
 
     def close(self) -> None:
         """Give the recording's memory back."""
         self._recording.close()
 
-    def set_positions(self, of: _List) -> None:
-        """Where the atoms were when the list was made, in double precision."""
-        self.placed.copy_(torch.as_tensor(of.graph.positions))
-
-    def take(self, of: _List) -> bool:
-        """Go on with a new list of the same structure; False if that needs another width."""
-        edges, n_atoms = of.batch.tensors["edge_index"], of.batch.n_atoms
-        if width_of(edges, n_atoms) > self.table.width:
+    def take(self, moving: _Moving) -> bool:
+        """Go on with the list that the structure has now; False if that needs another width."""
+        if moving.pairs is self._pairs:
+            return True
+        if moving.width > self.table.width:
             return False
-        self.table.take(FullTable.of(edges, n_atoms, self.table.width))
-        self.shifts.copy_(self.table.shifts(of.batch.tensors["shifts"], self.r_max))
-        self.set_positions(of)
+        self._pairs = moving.pairs
+        self.table.take(FullTable.of(self._pairs.index, len(self.positions), self.table.width))
+        self.edges.unit_shifts.copy_(self.table.spread(self._pairs.unit_shifts))  # of the others nothing is read
         return True
 
     def _call(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        return self.network((self.placed + self.moved).to(self.shifts.dtype), self.shifts)
+        potential = self.forces.potential
+        near, _, shifts = self.forces.placed(self.positions, self.edges)
+        shifts = shifts + self.table.far(potential.backbone.r_max)
+        return self.network(near.to(potential.dtype), shifts.to(potential.dtype))
 
-    def __call__(self, moved: FloatArray) -> Found | None:
-        """Results with the atoms moved by this since the list was made, (n_atoms, 3), A; None if they do not hold."""
-        self.moved.copy_(torch.as_tensor(moved))
+    def __call__(self, positions: Tensor) -> Found | None:
+        """Results with the atoms there, (n_atoms, 3), A; None if they do not hold."""
+        self.positions.copy_(positions)
         node_energy, forces, strain, doubt = self._recording()
         if bool(doubt):
             return None
-        stress = None if strain is None else stress_of(strain, self.cell)
+        stress = None if strain is None else stress_of(strain, self.forces.batch.tensors["cell"])
         return Found(node_energy.clone(), forces.clone(), stress)
 
 

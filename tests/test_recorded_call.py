@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import cycle
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from waiting import Nothing, watched_recording
 from conftest import crystal, ethanol
 from mmea_calc import MMEACalculator, recorded
 from mmea_calc.errors import DataError
+from mmea_calc.graph import Batch, Found
 from mmea_calc.potential import Potential, Prediction
 from mmea_calc.recorded import Recording
 from mmea_calc.recorded_call import RecordedCall
@@ -50,8 +53,11 @@ def test_results_are_the_plain_paths_while_atoms_move(name: str, stress: bool) -
         atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
         assert_right(call.predict(atoms, stress=stress), made, atoms, stress=stress)
     assert call.n_calls == 12
-    assert call.n_lists >= 2
-    assert call.n_recorded < call.n_lists  # lists of the same width share a recording
+    if name == "molecule":  # all its pairs, for ever
+        assert (call.n_lists, call.n_recorded) == (1, 1)
+    else:
+        assert call.n_lists >= 2
+        assert call.n_recorded < call.n_lists  # lists of the same width share a recording
 
 
 def test_pairs_enter_and_leave_the_cutoff() -> None:
@@ -92,12 +98,82 @@ def test_another_structure_cell_or_weight_is_seen() -> None:
     with torch.no_grad():
         for parameter in made.adapter.parameters():
             parameter.mul_(1.2)
+    assert asked() is None
     assert_right(asked(), made, atoms, stress=True)
     made.reference_energies = {1: 1.0, 6: 2.0, 8: 3.0}
+    assert asked() is None
     assert_right(asked(), made, atoms, stress=True)
     with made.adapter_disabled():
+        assert asked() is None
         assert_right(asked(), made, atoms, stress=True)
+    assert asked() is None
     assert_right(asked(), made, atoms, stress=True)
+    assert (call.n_calls, call.n_recorded) == (7, 7)
+
+
+def test_with_or_without_a_stress_is_seen() -> None:
+    made, atoms = potential(), crystal()
+    call = RecordedCall(made)
+    call.predict(atoms, stress=True)
+    for stress in (True, False, True):
+        assert_right(call.predict(atoms, stress=stress), made, atoms, stress=stress)
+    assert call.n_recorded == 3
+
+
+def test_an_ordinary_call_comes_before_what_is_recorded_of_another_adapter() -> None:
+    """What is to be said of elements that an adapter has not seen is said there, and a program is proven."""
+    calculator = MMEACalculator(adapter(), backbone=backbone_path(), dtype="float64", device="cpu")
+    call = calculator._recorded = RecordedCall(calculator.potential)
+    atoms = ethanol()
+    atoms.positions *= 1.15
+    atoms.calc = calculator
+    names: list[str | None] = [None, calculator.active_adapters[0]]
+    recorded = []
+    for name in (names[1], *names):
+        calculator.set_adapter(name)
+        for _ in range(3):
+            atoms.rattle(0.001)
+            atoms.get_potential_energy()
+            recorded.append(call.n_calls)
+    assert recorded == [0, 1, 2, 2, 3, 4, 4, 5, 6]
+
+
+def test_a_program_that_is_not_proven_yet_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording without it would be kept, and start its operations one by one."""
+    made, atoms, sure = potential(), ethanol(), [False]
+
+    def program(batch: Batch, *, stress: bool) -> Found | None:
+        return made.found_plainly(batch, stress=stress) if sure[0] else None
+
+    opened = SimpleNamespace(program=program, named="a program", proven=False)
+    monkeypatch.setattr(made._programs, "_opened", lambda adapter, stress: (("key",), opened))
+    call = RecordedCall(made)
+    call.predict(atoms, stress=False)
+    for certain, n_recorded in ((False, 0), (False, 0), (True, 0), (True, 1), (True, 1)):
+        sure[0] = certain
+        found = call.predict(atoms, stress=False)
+        assert (call.n_recorded, opened.proven) == (n_recorded, certain)
+        assert_right(found, made, atoms, stress=False)
+    assert call.n_calls == 2
+
+
+def test_a_recording_holds_what_an_adapter_made_of_its_values() -> None:
+    """Merged again it makes the same anew, and a graph would read what has gone."""
+    made, atoms = potential(), crystal()
+    assert made.adapter is not None
+    call = RecordedCall(made)
+    for _ in range(2):
+        call.predict(atoms, stress=False)
+    read = {name: weakref.ref(tensor) for name, tensor in made.adapter.derived().items()}
+    assert {name.split(" ")[0].split(".")[0] for name in read} == {"element", "gates"}
+    made.adapter.unmerge()
+    made.adapter.merge()
+    gc.collect()
+    assert all(ref() is not None for ref in read.values())
+    made.adapter.derived()
+    call._close()
+    gc.collect()
+    assert all(ref() is None for ref in read.values())
 
 
 def test_atoms_closer_than_in_training_are_left_to_the_plain_path() -> None:
@@ -108,7 +184,7 @@ def test_atoms_closer_than_in_training_are_left_to_the_plain_path() -> None:
         atoms.positions *= factor  # the adapter has seen 1.1
         found = call.predict(atoms, stress=False)
     assert call.n_calls == 1
-    assert found is None
+    assert_right(found, calculator.potential, atoms, stress=False)
     assert call.usable
 
 
@@ -128,10 +204,11 @@ def test_a_network_that_does_not_end_at_its_cutoff_is_found_out() -> None:
     atoms = ethanol()
     call.predict(atoms, stress=False)
     with pytest.warns(UserWarning, match="does not end at its cutoff"):
-        assert call.predict(atoms, stress=False) is None
+        assert_right(call.predict(atoms, stress=False), call.potential, atoms, stress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert call.predict(atoms, stress=False) is None
+        assert_right(call.predict(atoms, stress=False), call.potential, atoms, stress=False)
+    assert call.n_calls == 0
 
 
 def test_a_call_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +218,8 @@ def test_a_call_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     assert call.predict(atoms, stress=True) is not None  # where it was recorded
     atoms.rattle(0.02, seed=1)
     with pytest.warns(UserWarning, match="or something in it was not recorded"):
-        assert call.predict(atoms, stress=True) is None
+        assert_right(call.predict(atoms, stress=True), call.potential, atoms, stress=True)
+    assert call.n_calls == 1
 
 
 def test_recordings_that_are_replaced_give_their_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +238,62 @@ def test_recordings_that_are_replaced_give_their_memory_back(monkeypatch: pytest
         for _ in range(2):
             call.predict(atoms, stress=False)
     assert [recording._function is None for recording in made] == [True, True, False]
+
+
+def pairs_of(batch: Batch) -> dict[tuple[int, ...], list[float]]:
+    """Of every edge: sender, receiver and where it leads to, without and with the lattice vectors crossed."""
+    tensors = batch.tensors
+    sender, receiver = tensors["edge_index"]
+    vectors = tensors["positions"][receiver] - tensors["positions"][sender] + tensors["shifts"]
+    keys = torch.cat([tensors["edge_index"].T, tensors["unit_shifts"].long()], dim=1).tolist()
+    return dict(zip(map(tuple, keys), vectors.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_large_structures_keep_their_list_and_have_the_edges_of_an_ordinary_call(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmea_calc.recorded_call.MOST_EDGES", 1)
+    made, atoms, rng = potential(), STRUCTURES[name](), np.random.default_rng(0)
+    call = RecordedCall(made, skin=0.5)
+    assert call.predict(atoms, stress=bool(atoms.pbc.any())) is None
+    for _ in range(12):
+        atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
+        stress = bool(atoms.pbc.any())
+        found = call.predict(atoms, stress=stress)
+        assert_right(found, made, atoms, stress=stress)
+        assert call._moving is not None
+        kept, ordinary = call._moving.forces.batch, made.collate([made.graph(atoms)])
+        mine, theirs = pairs_of(kept), pairs_of(ordinary)
+        assert mine.keys() == theirs.keys()
+        for key, vector in mine.items():
+            assert vector == pytest.approx(theirs[key], abs=1e-12)
+        # Not only the same ones: in an order that does not depend on when the list was made.
+        fresh = RecordedCall(made, skin=0.3)
+        assert fresh.predict(atoms, stress=stress) is None
+        again = fresh.predict(atoms, stress=stress)
+        assert found is not None
+        assert again is not None
+        assert torch.equal(found.energy, again.energy)
+        assert torch.equal(found.forces, again.forces)  # type: ignore[arg-type]
+        assert list(mine) == list(pairs_of(fresh._moving.forces.batch))  # type: ignore[union-attr]
+    assert (call.n_calls, call.n_recorded) == (0, 0)
+    assert call.n_lists == 1 if name == "molecule" else 2 <= call.n_lists < 12
+
+
+def test_of_a_large_structure_that_moves_nothing_is_made_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmea_calc.recorded_call.MOST_EDGES", 1)
+    call, atoms = RecordedCall(potential()), carbon()
+    for _ in range(2):
+        call.predict(atoms, stress=True)
+
+    def host(*_: object) -> None:
+        raise AssertionError("made on the host")
+
+    for place in ("mmea_calc.potential.build_graph", "mmea_calc.potential.collate"):
+        monkeypatch.setattr(place, host)
+    atoms.rattle(0.01, seed=1)
+    assert call.predict(atoms, stress=True) is not None
 
 
 def test_no_two_recordings_are_made_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +359,20 @@ def test_dynamics_of_ase_with_recorded_calls_are_those_without() -> None:
                 atoms.get_potential_energy()
     np.testing.assert_allclose(ends[1][0], ends[0][0], rtol=0, atol=1e-9)
     assert ends[1][1] == pytest.approx(ends[0][1], abs=1e-9)
+
+
+def test_two_atoms_at_one_place_are_told_of_a_recorded_call_too() -> None:
+    calculator = MMEACalculator(backbone=backbone_path(), dtype="float64", device="cpu")
+    call = calculator._recorded = RecordedCall(calculator.potential)
+    atoms = ethanol()
+    atoms.calc = calculator
+    for _ in range(3):
+        atoms.rattle(0.01)
+        atoms.get_potential_energy()
+    assert call.n_calls == 2
+    atoms.positions[1] = atoms.positions[0]
+    with pytest.raises(DataError, match="are two atoms at the same place"):
+        atoms.get_potential_energy()
 
 
 def test_on_a_gpu_calls_are_recorded(device: str) -> None:
