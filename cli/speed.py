@@ -33,15 +33,22 @@ def speed(
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile first what is not compiled yet.")
     ] = True,
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Measure training steps and their memory.")
+    ] = True,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Measure a whole fine-tuning on 50 aspirins too: minutes on a CPU.")
+    ] = False,
 ) -> None:
     """Measure calls, replicas, periodic systems, training steps and memory against mace-torch, in one run.
 
     `--backbone paper-shape` is a network of the paper's shape with random weights. With --compile, networks that are
-    not compiled yet are compiled first, some minutes each.
+    not compiled yet are compiled first, some minutes each. The json file is written after every line of the table, so
+    that a run that is stopped keeps its figures; "complete" in it is false until the end.
     """
     import json
 
-    from mmea_calc.benchmark.speed import SpeedConfig, measure_speed
+    from mmea_calc.benchmark.speed import Measured, SpeedConfig, measure_speed
     from mmea_calc.files import check_place, write_text
     from mmea_calc.plots import check_picture
 
@@ -58,13 +65,20 @@ def speed(
         compile=compile,
         replicas=tuple(replicas) if replicas is not None else SpeedConfig.replicas,
         atoms=tuple(n for n in atoms if n) if atoms is not None else SpeedConfig.atoms,
+        training=training,
+        finetune=finetune,
     )
-    measured = measure_speed(config, tell=lambda message: say(message, style="dim"))
+
+    def keep(measured: Measured) -> None:
+        if output is not None:
+            write_text(output, json.dumps(measured.to_dict(), indent=1) + "\n")
+
+    measured = measure_speed(config, tell=lambda message: say(message, style="dim"), keep=keep)
+    keep(measured)
     columns = ("what", "mmea, adapter on", "mace-torch, none", "unit", "times better", "")
     lines = [(r.what, r.ours, r.theirs, r.unit, r.ratio, r.note) for r in measured.rows]
     out().print(table(columns, lines, title=measured.settings))
     if output is not None:
-        write_text(output, json.dumps(measured.to_dict(), indent=1) + "\n")
         say(f"{output} written")
     if plot is not None:
         from mmea_calc.benchmark.speed_picture import draw_speed

@@ -1,4 +1,4 @@
-"""How fast: calls, dynamics, replicas, periodic systems, training steps and memory, against mace-torch.
+"""How fast: calls, dynamics, replicas, periodic systems, training steps and memory, against mace-torch; fine-tuning.
 
 Both sides have the same backbone.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..loss import Labels, Loss, LossWeights, collect_labels, loss_of
 from ..md.simulation import Simulation
 from ..optimiser import Optimiser
 from ..potential import Potential
+from .speed_finetune import STRUCTURES, time_finetuning
 from .speed_memory import free_memory, peak_memory
 from .speed_setup import SpeedConfig, aspirin, diamond, mace_calculator, open_backbone, random_adapter
 
@@ -46,9 +47,10 @@ class Timed:
     Attributes:
         what: what is measured.
         ours, theirs: in `unit`; None where one side could not be measured, for the reason in `note`.
-        unit: "ms" (less is better), "steps/s" (more is), "MB" (less is).
+        unit: "ms" and "s" (less is better), "steps/s" (more is), "MB" (less is).
         note: what must be known of it.
-        series, size: "atoms" or "replicas", and how many, where this is one of several sizes.
+        series, size: "atoms" (calls), "dynamics" (the same, whole steps) or "replicas", and how many atoms or
+            replicas, where this is one of several sizes.
     """
 
     what: str
@@ -72,28 +74,32 @@ class Timed:
 
 @dataclass(frozen=True)
 class Measured:
-    """The table, and what it was measured with."""
+    """The table, what it was measured with, and whether it has all lines that were asked for."""
 
     settings: str
     rows: list[Timed]
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings, "rows": [row.to_dict() for row in self.rows]}
+        rows = [row.to_dict() for row in self.rows]
+        return {"settings": self.settings, "complete": self.complete, "rows": rows}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def medians(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each, taken in turn."""
+def medians(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, *, warm_up: int = 3
+) -> dict[str, float]:
+    """Seconds of each, taken in turn; the first `warm_up` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 3):  # the first three warm up
+    for repeat in range(repeats + warm_up):
         for name, call in calls.items():
             _wait(device)
             began = time.perf_counter()
             call()
             _wait(device)
-            if repeat >= 3:
+            if repeat >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -103,11 +109,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda message: None) -> Measured:
+def measure_speed(
+    config: SpeedConfig,
+    tell: Callable[[str], None] = lambda message: None,
+    keep: Callable[[Measured], None] = lambda measured: None,
+) -> Measured:
     """All lines of the table.
 
     Args:
         tell: told what is being done.
+        keep: given what there is after every line, for a run that may be stopped.
 
     Raises:
         BackboneError, AdapterFileError: what is to be measured cannot be opened. What cannot be compiled is told, and
@@ -120,6 +131,10 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     if missing := sorted(set(aspirin().numbers.tolist()) - set(adapted.backbone.elements)):
         raise BackboneError(f"aspirin is measured, and this backbone has no elements {missing}: choose another")
     config = _compiled(config, adapted, bare, tell)
+    device = adapted.potential.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    without = "" if config.compile or config.kernels != "own" else ", no programs made"
+    settings = f"{adapted.backbone.name}, {config.dtype}, {where}{without}"
     rows: list[Timed] = []
 
     def add(*found: Timed) -> None:
@@ -127,6 +142,7 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
         for row in found:
             ours, theirs_ = (f"{value:.4g} {row.unit}" if value else "not measured" for value in (row.ours, row.theirs))
             tell(f"  {row.what}: {ours}, mace-torch {theirs_}")
+        keep(Measured(settings, list(rows), complete=False))
 
     tell("one call for aspirin")
     add(*_one_call(config, adapted, bare, theirs))
@@ -140,13 +156,15 @@ def measure_speed(config: SpeedConfig, tell: Callable[[str], None] = lambda mess
     for n in config.atoms:
         tell(f"{n} atoms of diamond")
         add(_periodic(config, adapted, theirs, n, needs))
+        tell(f"dynamics of {n} atoms of diamond")
+        add(_periodic_dynamics(config, adapted, theirs, n, needs))
     if config.training:
         tell("training steps")
         add(*_training(config))
-    device = adapted.potential.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    without = "" if config.compile or config.kernels != "own" else ", no programs made"
-    return Measured(f"{adapted.backbone.name}, {config.dtype}, {where}{without}", rows)
+    if config.finetune:
+        tell("a whole fine-tuning")
+        add(_finetuning(config))
+    return Measured(settings, rows)
 
 
 def _compiled(
@@ -207,26 +225,63 @@ def _replicas(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int)
 
 
 def _dynamics(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int) -> Timed:
-    """Whole steps, as `mmea md` takes them: neighbours, network, integrator, monitor, and a sample every 8 steps."""
-    potential, start = adapted.potential, aspirin()
-    adapted.get_potential_energy(start)  # its adapter is on the network from now on
+    """Of n replicas of aspirin."""
+    rate, theirs_, note = _whole_steps(adapted, theirs, aspirin(), n, max(5, config.calls // 8))
+    return Timed(f"dynamics of {n} aspirin{'s' if n > 1 else ''}", rate, theirs_, "steps/s", note)
+
+
+def _periodic_dynamics(
+    config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int, needs: Mapping[str, float]
+) -> Timed:
+    """Of one crystal; a side is left out as in `_periodic`."""
+    atoms = diamond(n)
+    wanting, notes = _too_large(len(atoms), adapted.potential.device, needs)
+    # Eight steps of a large crystal are warm-up enough, and take their time.
+    warm_up = 1 if len(atoms) > _PLENTY else 3
+    repeats = max(2, config.calls // 20)
+    rate, theirs_, note = _whole_steps(adapted, theirs, atoms, 1, repeats, wanting, warm_up=warm_up)
+    what = f"dynamics of {len(atoms)} atoms, periodic"
+    return Timed(what, rate, theirs_, "steps/s", "; ".join([note, *notes]), "dynamics", len(atoms))
+
+
+def _whole_steps(
+    adapted: MMEACalculator,
+    theirs: Any,
+    start: Atoms,
+    n: int,
+    repeats: int,
+    without: Collection[str] = (),
+    *,
+    warm_up: int = 3,
+) -> tuple[float | None, float | None, str]:
+    """Steps per second of n replicas as `mmea md` takes them: neighbours, network, integrator, monitor, and a sample
+    every 8 steps; calls per second of one MACECalculator; and a note. None for sides that are to be left out.
+    """
     # Small steps, and no bound: random weights are no potential to move in.
     settings = MDConfig(
         replicas=n, timestep_fs=0.02, drift_every=0, max_temperature_K=1e9, max_force_eV_per_A=1e9, time_ps=1e3
     )
-    simulation = Simulation(potential, [start], settings)
-    simulation.start()
+    calls: dict[str, Callable[[], object]] = {}
+    simulation: Simulation | None = None
+    if "ours" not in without:
+        adapted.get_potential_energy(aspirin())  # its adapter is on the network from now on
+        taken = simulation = Simulation(adapted.potential, [start], settings)
+        simulation.start()
 
-    def steps() -> None:
-        simulation.advance(settings.stats_every)
-        simulation.sample()
+        def steps() -> None:
+            taken.advance(settings.stats_every)
+            taken.sample()
 
-    calls = {"ours": steps, "theirs": _mover(start, theirs)}
-    found = medians(calls, max(5, config.calls // 8), potential.device)
-    rate = n * settings.stats_every / found["ours"]
-    in_blocks = simulation.blocks is not None and simulation.blocks.n_taken > 0
-    note = f"{1000 * n / rate:.2f} ms for a step{', recorded' if in_blocks else ''}; against one MACECalculator's calls"
-    return Timed(f"dynamics of {n} aspirin{'s' if n > 1 else ''}", rate, 1 / found["theirs"], "steps/s", note)
+        calls["ours"] = steps
+    if "theirs" not in without:
+        calls["theirs"] = _mover(start, theirs)
+    found = medians(calls, repeats, adapted.potential.device, warm_up=warm_up)
+    rate = n * settings.stats_every / found["ours"] if "ours" in found else None
+    notes = ["against one MACECalculator's calls"]
+    if simulation is not None and rate is not None:
+        in_blocks = simulation.blocks is not None and simulation.blocks.n_taken > 0
+        notes.insert(0, f"{1000 * n / rate:.2f} ms for a step{', recorded' if in_blocks else ''}")
+    return rate, 1 / found["theirs"] if "theirs" in found else None, "; ".join(notes)
 
 
 def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int, needs: Mapping[str, float]) -> Timed:
@@ -237,17 +292,24 @@ def _periodic(config: SpeedConfig, adapted: MMEACalculator, theirs: Any, n: int,
     """
     atoms, device = diamond(n), adapted.potential.device
     calls = {"ours": _mover(atoms, adapted), "theirs": _mover(atoms, theirs)}
-    large = {k: mb * len(atoms) for k, mb in needs.items()} if len(atoms) > _PLENTY else {}
-    free = free_memory(device)
-    wanting = {k for k, mb in large.items() if free is not None and mb > free}
+    wanting, needed = _too_large(len(atoms), device, needs)
     found = medians({k: call for k, call in calls.items() if k not in wanting}, max(2, config.calls // 20), device)
     ours, theirs_ = (1000 * found[k] if k in found else None for k in calls)
     notes = [f"{1e3 * ours / len(atoms):.1f} us per atom"] if ours else []
+    what = f"one call, {len(atoms)} atoms, periodic"
+    return Timed(what, ours, theirs_, "ms", "; ".join([*notes, *needed]), "atoms", len(atoms))
+
+
+def _too_large(n_atoms: int, device: torch.device, needs: Mapping[str, float]) -> tuple[set[str], list[str]]:
+    """The sides whose call for so many atoms needs more memory than there is, and notes of what they need."""
+    large = {k: mb * n_atoms for k, mb in needs.items()} if n_atoms > _PLENTY else {}
+    free = free_memory(device)
+    wanting = {k for k, mb in large.items() if free is not None and mb > free}
+    notes = []
     for key, name in (("ours", "mmea"), ("theirs", "mace-torch")):
         if key in large:
             notes.append(f"{name} {'would need' if key in wanting else 'needs'} about {large[key] / 1e3:.2g} GB")
-    what = f"one call, {len(atoms)} atoms, periodic"
-    return Timed(what, ours, theirs_, "ms", "; ".join(notes), "atoms", len(atoms))
+    return wanting, notes
 
 
 def _needs(config: SpeedConfig) -> dict[str, float]:
@@ -338,6 +400,12 @@ def _training(config: SpeedConfig) -> list[Timed]:
         Timed(f"training step, {BATCH} aspirins", 1000 * found["ours"], 1000 * found["theirs"], "ms", note),
         Timed("memory of that step", memory[0], memory[1], "MB", "beyond what is in use before it"),
     ]
+
+
+def _finetuning(config: SpeedConfig) -> Timed:
+    took = time_finetuning(config)
+    note = f"forces of {took.teacher}: {took.before:.1f} -> {took.after:.1f} meV/A in validation"
+    return Timed(f"fine-tuning on {STRUCTURES} aspirins, default recipe, end to end", took.seconds, None, "s", note)
 
 
 __all__ = ["Measured", "SpeedConfig", "Timed", "measure_speed", "training_step"]

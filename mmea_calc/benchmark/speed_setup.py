@@ -60,6 +60,7 @@ class SpeedConfig:
         atoms: sizes of a periodic system (diamond).
         calls: how often the small ones are repeated.
         training: measure training steps and their memory too.
+        finetune: measure a whole fine-tuning too, some minutes on a CPU.
     """
 
     backbone: str | None = None
@@ -72,6 +73,7 @@ class SpeedConfig:
     atoms: Sequence[int] = (1000,)
     calls: int = 40
     training: bool = True
+    finetune: bool = False
 
 
 def paper_shape(
