@@ -86,6 +86,7 @@ class CompiledGradient:
         stores = [module._parameters for module in backbone.network.modules()]
         self._places = [(store, name) for store in stores for name, p in store.items() if id(p) in trained]
         self._has_gradient: list[bool] = []
+        self._compiled = compiled
         self._program: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
         self._values: list[Tensor] = []
         if compiled:
@@ -115,7 +116,7 @@ class CompiledGradient:
         network, head_index = self.potential.backbone.network, self.potential.backbone.head_index
         weights = self.adapter.weights
         names = [*map(weights.name_of_own, self._updated), *self._gates]
-        inputs = inputs_of(network, self._example(), stress=False)
+        inputs = inputs_of(network, self._example(), stress=False, compiled=False)
         evaluate = loss_evaluator(network, inputs, head_index, names, compiled=False)
 
         def run(inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
@@ -195,7 +196,7 @@ class CompiledGradient:
         with self._aliases() as own, torch.enable_grad():
             updated = [self.adapter.sites[path].value for path in self._updated]
             gates = [own[id(p)] for p in self._of_gates]
-            tables = _joined([form.tables_of(present) for form in self._forms])
+            tables = _joined([form.tables_of(present, compiled=self._compiled) for form in self._forms])
         flat = [t.detach() for t in (*updated, *gates, *given[:end], *tables, *given[end:])]
         energy, forces, doubt, *found = self._program(flat, self._values)
         made = [(t, g) for t, g in zip([*updated, *gates, *tables], found, strict=True) if t.requires_grad]

@@ -13,22 +13,28 @@ degree below the correlation order, they are one matrix per element, channel and
 so a call is one batched matrix product per degree and element present. It is exact, and differentiable any number of
 times. While the weights W are frozen the tables are constants and kept; while they train they are made anew in each
 call.
+
+A compiled network has the polynomials B_w term by term instead, with their coefficients sum_k U[w,x,v,i,k] W[e,k,c],
+summed over what x, v and i have in common, in the place of T (`polynomials`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from itertools import combinations_with_replacement, product
-from math import comb
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arrangement import stage
+from .arrangement import Stage, stage
 from .mace_bridge import symmetric_contractions
+from .polynomials import Evaluate, OfAtoms, Term
 from .tensor_state import State, same_state, state_of
+
+# Sums of couplings that vanish are so many times the rounding of one.
+_ROUNDING = 100
 
 
 def use_table_contraction(network: nn.Module) -> int:
@@ -63,22 +69,17 @@ class TableContraction:
         self.contractions: list[Any] = list(stock.contractions)
         self.correlations: list[int] = [int(c.correlation) for c in self.contractions]
         self.n = int(self.contractions[0].U_tensors(1).shape[-2])  # components of the input per channel
-        self.widths = [2 * ir.ir.l + 1 for ir in stock.irreps_out]
+        self.sizes, self.widths = ([ir.dim for _, ir in irreps] for irreps in (stock.irreps_in, stock.irreps_out))
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_for = State()
         self._grouped: tuple[Tensor, int, Tensor, dict[int, int], Tensor] | None = None
-        self._sorted_couplings: list[list[Tensor]] | None = None
-        self._sorted_for = State()
+        self._kept_terms: tuple[_Terms, State] | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """As mace's: x (n_atoms, channels, n), one-hot y (n_atoms, n_elements) -> (n_atoms, channels * sum(2l+1))."""
         if now := stage():
-            at = now.arrangement.atoms
-            a = at.gather(x).transpose(1, 2).flatten(0, 1)
-            out = self._contracted(a, now.tables[self], _next_sorted if now.compiled else _next_chosen)
-            out = out.unflatten(0, (at.rows.shape[0], x.shape[1])).transpose(1, 2)  # (elements, atoms of each, c, w)
-            out = at.scatter(out)
-            return now.join([piece.flatten(1) for piece in out.split(self.widths, dim=-1)])
+            form = self._term_by_term if now.compiled else self._by_products
+            return form(now, x, now.tables[self])
         order, counts, back = self._atoms_by_element(y)
         if not counts:  # no atoms
             return x.new_zeros(0, x.shape[1] * sum(self.widths))
@@ -86,72 +87,65 @@ class TableContraction:
         sorted_x = x.index_select(0, order).transpose(0, 1)  # (c, atoms, n)
         parts = []
         for e, a in zip(counts, sorted_x.split(list(counts.values()), dim=1), strict=True):
-            parts.append(self._contracted(a, tables[e], _next))
+            parts.append(self._contracted(a, tables[e]))
         out = torch.cat(parts, dim=1).transpose(0, 1)  # (atoms, c, w)
         out = out.index_select(0, back)
         return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
 
-    def _contracted(self, a: Tensor, tables: list[Tensor], monomials: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _term_by_term(self, now: Stage, x: Tensor, tables: list[Tensor]) -> Tensor:
+        pieces = now.split(x, self.sizes)  # (n_atoms, c, 2l+1) each
+        a = torch.stack([component for piece in pieces for component in piece.unbind(-1)], dim=1)
+        coefficients = OfAtoms.apply(tables[0], now.arrangement.atoms)
+        out = Evaluate.apply(self.terms, sum(self.widths), coefficients, a)  # (n_atoms, w, c)
+        return now.join([piece.transpose(1, 2).flatten(1) for piece in out.split(self.widths, dim=1)])
+
+    def _by_products(self, now: Stage, x: Tensor, tables: list[Tensor]) -> Tensor:
+        at = now.arrangement.atoms
+        out = self._contracted(at.gather(x).transpose(1, 2).flatten(0, 1), tables)
+        out = at.scatter(out.unflatten(0, (at.rows.shape[0], x.shape[1])).transpose(1, 2))  # (n_atoms, c, w)
+        return now.join([piece.flatten(1) for piece in out.split(self.widths, dim=-1)])
+
+    def _contracted(self, a: Tensor, tables: list[Tensor]) -> Tensor:
         """The module's last equation: (c, atoms, n) -> (c, atoms, w)."""
         *of_degree, out = tables
         m: Tensor | None = None
         for table in reversed(of_degree):  # of the lowest degree first
-            m = a if m is None else monomials(m, a)
+            m = a if m is None else (m.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
             out = torch.baddbmm(out, m, table)  # (c, atoms, w * n)
         return (out.unflatten(-1, (-1, self.n)) * a.unsqueeze(-2)).sum(-1)
 
-    def tables_of(self, present: Tensor) -> list[Tensor]:
-        """T of several elements for sorted monomials, each once, the highest degree first: (elements * c, q, w * n)."""
+    def tables_of(self, present: Tensor, *, compiled: bool = True) -> list[Tensor]:
+        """What a network within `arranged` takes for these elements.
+
+        If it is compiled, coefficients (elements, terms, c); else T of each degree, the highest first, (elements * c,
+        n**degree, w * n).
+        """
         if self.contractions[0].weights_max.shape[0] == 1:  # a contraction that makes no difference between elements
             present = torch.zeros_like(present)
-        weights = [
-            [w.index_select(0, present).transpose(1, 2).flatten(0, 1) for w in _weights(c)] for c in self.contractions
-        ]
-        tables = []
-        for of_degree in self._couplings():  # (elements * c, k) times (k, q, w, n)
-            parts = [
-                (some.pop(0) @ u.flatten(1)).unflatten(1, u.shape[1:])
-                if u.shape[0]
-                else some[0].new_zeros(len(some[0]), *u.shape[1:])
-                for some, u in zip(weights, of_degree, strict=True)
-            ]
-            tables.append(torch.cat(parts, dim=2).flatten(2))
-        return tables
+        if not compiled:
+            return [table.flatten(0, 1) for table in self._table(present)]
+        parts = []
+        for contraction, couplings in zip(self.contractions, self._terms().couplings, strict=True):
+            for w, u in zip(_weights(contraction), couplings, strict=True):
+                parts.append(torch.einsum("kt,ekc->etc", u, w.index_select(0, present)))
+        return [torch.cat(parts, dim=1)]
 
-    def _couplings(self) -> list[list[Tensor]]:
-        """For each degree, the highest first: U of every contraction for sorted monomials, (k, q, w, n).
+    @property
+    def terms(self) -> list[Term]:
+        """Of the polynomials that a compiled network has."""
+        return self._terms().terms
 
-        Its entries for monomials that are the same are summed. k is 0 where a contraction has no such degree.
-        """
-        own = [[c.U_tensors(k) for k in range(c.correlation, 0, -1)] for c in self.contractions]
-        flat = [u for some in own for u in some]
+    def _terms(self) -> _Terms:
+        """What is left of the couplings, kept for as long as they are what they are."""
+        flat = [u for c in self.contractions for u in _couplings(c)]
         # Tensors of inference mode have no version, and what is made there could not enter a later gradient.
         if torch.is_inference_mode_enabled() or any(u.is_inference() for u in flat):
-            return self._sorted(own)
+            return _Terms.of(self.contractions, self.widths, self.n)
         state = state_of(flat)
-        if self._sorted_couplings is None or not same_state(state, self._sorted_for):
+        if self._kept_terms is None or not same_state(state, self._kept_terms[1]):
             with torch.no_grad():
-                self._sorted_couplings, self._sorted_for = self._sorted(own), state
-        return self._sorted_couplings
-
-    def _sorted(self, own: list[list[Tensor]]) -> list[list[Tensor]]:
-        found = []
-        for k in range(max(self.correlations), 0, -1):
-            all_of_them = list(product(range(self.n), repeat=k - 1))
-            number = {m: i for i, m in enumerate(combinations_with_replacement(range(self.n), k - 1))}
-            of_each = torch.tensor([number[tuple(sorted(m))] for m in all_of_them])
-            of_degree = []
-            for contraction, couplings, width in zip(self.contractions, own, self.widths, strict=True):
-                if k > contraction.correlation:
-                    of_degree.append(couplings[0].new_zeros(0, len(number), width, self.n))
-                    continue
-                u = couplings[contraction.correlation - k]
-                u = u.reshape(width, len(all_of_them), self.n, u.shape[-1])
-                summed = u.new_zeros(width, len(number), self.n, u.shape[-1])
-                summed = summed.index_add(1, of_each.to(u.device), u)
-                of_degree.append(summed.permute(3, 1, 0, 2).contiguous())
-            found.append(of_degree)
-        return found
+                self._kept_terms = _Terms.of(self.contractions, self.widths, self.n), state
+        return self._kept_terms[0]
 
     def _atoms_by_element(self, y: Tensor) -> tuple[Tensor, dict[int, int], Tensor]:
         """Atoms sorted by element, the number of each element present, and where each atom lies in that order.
@@ -209,45 +203,45 @@ class TableContraction:
 
     def __getstate__(self) -> dict[str, object]:
         """For copies and pickles: without the tables, which are made again."""
-        kept: dict[str, object] = {"_kept": {}, "_kept_for": State(), "_sorted_couplings": None, "_sorted_for": State()}
-        return {**self.__dict__, **kept, "_grouped": None}
+        return {**self.__dict__, "_kept": {}, "_kept_for": State(), "_kept_terms": None, "_grouped": None}
 
 
-def _next(monomials: Tensor, a: Tensor) -> Tensor:
-    """Of one degree more: every monomial (..., q) times every component (..., n), in few operations."""
-    return (monomials.unsqueeze(-1) * a.unsqueeze(-2)).flatten(-2)
+@dataclass(frozen=True)
+class _Terms:
+    """The terms of all B_w that do not vanish.
 
-
-def _next_sorted(monomials: Tensor, a: Tensor) -> Tensor:
-    """Of one degree more, each once: a_i times the monomials of components i and above, which stand at the end.
-
-    More operations and half the products: for a compiled network, where operations cost nothing.
+    Attributes:
+        terms: of all contractions and degrees, one after the other.
+        couplings: of each contraction and degree, the highest first: U of its terms, (k, n_terms).
     """
-    q = monomials.shape[-1]
-    return torch.cat(
-        [a[..., i : i + 1] * monomials[..., q - end :] for i, end in enumerate(_ends(a.shape[-1], q))], dim=-1
-    )
+
+    terms: list[Term]
+    couplings: list[list[Tensor]]
+
+    @classmethod
+    def of(cls, contractions: Sequence[Any], widths: Sequence[int], n: int) -> _Terms:
+        """Of contractions with outputs of these widths, and n components."""
+        terms, couplings, first = list[Term](), [], 0
+        for contraction, width in zip(contractions, widths, strict=True):
+            of_contraction = []
+            for degree, u in zip(range(contraction.correlation, 0, -1), _couplings(contraction), strict=True):
+                all_of_them = list(product(range(width), product(range(n), repeat=degree)))
+                number: dict[Term, int] = {}
+                of_each = [number.setdefault((w, tuple(sorted(m))), len(number)) for w, m in all_of_them]
+                u = u.reshape(len(all_of_them), -1)
+                summed = u.new_zeros(len(number), u.shape[1]).index_add(0, torch.tensor(of_each, device=u.device), u)
+                largest = summed.abs().amax(1)
+                left = largest > _ROUNDING * torch.finfo(u.dtype).eps * largest.max()
+                of_contraction.append(summed[left].T.contiguous())
+                terms += [(first + w, m) for (w, m), there in zip(number, left.tolist(), strict=True) if there]
+            couplings.append(of_contraction)
+            first += width
+        return cls(terms, couplings)
 
 
-def _next_chosen(monomials: Tensor, a: Tensor) -> Tensor:
-    """The same in three operations, for what is recorded as it is."""
-    components, numbers = _chosen(a.shape[-1], monomials.shape[-1], a.device)
-    return a.index_select(-1, components) * monomials.index_select(-1, numbers)
-
-
-@cache
-def _chosen(n: int, q: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each product its component, and the number of its monomial."""
-    pairs = [(i, number) for i, end in enumerate(_ends(n, q)) for number in range(q - end, q)]
-    with torch.inference_mode(False):  # what is made within it could not enter a later gradient
-        components, numbers = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
-    return components, numbers
-
-
-def _ends(n: int, q: int) -> list[int]:
-    """How many of q sorted monomials of n components have none before i, for every i."""
-    degree = next(d for d in range(1, 10) if comb(n + d - 1, d) == q)
-    return [comb(n - i + degree - 1, degree) for i in range(n)]
+def _couplings(contraction: Any) -> list[Tensor]:
+    """Of the highest correlation first: (w, x, v, i, k), without w if there is one alone."""
+    return [contraction.U_tensors(k) for k in range(contraction.correlation, 0, -1)]
 
 
 def _weights(contraction: Any) -> list[Tensor]:

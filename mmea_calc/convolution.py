@@ -357,7 +357,7 @@ class _WrittenOut(torch.autograd.Function):
                 parts.append(h[i][:, :, a] * u)
                 of_h[i].setdefault(a, []).append(radial[:, :, path] * u)
             of_radial.append(total(parts))
-        of_y = _of_y_by_products if grad.shape[2] % VECTOR == 0 else _of_y_term_by_term
+        of_y = _of_y_by_sums if grad.shape[2] % VECTOR == 0 else _of_y_term_by_term
         return (
             None,
             of_y(terms, radial, h, grad),
@@ -368,30 +368,25 @@ class _WrittenOut(torch.autograd.Function):
 
 def _of_y_term_by_term(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
     """The gradient of Y, (width, n, n_Y): a sum over channels."""
+    return torch.stack([by_channel.sum(-1) for by_channel in _of_y_by_channel(terms, radial, h, grad)], dim=2)
+
+
+def _of_y_by_sums(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
+    """The same, the sum over channels as a matrix product: as a loop a compiler transposes what it adds."""
+    by_channel = torch.stack(_of_y_by_channel(terms, radial, h, grad), dim=2)
+    return (by_channel.flatten(0, 2) @ by_channel.new_ones(by_channel.shape[3], 1)).view(by_channel.shape[:3])
+
+
+def _of_y_by_channel(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Gradients of the components of Y before they are summed over channels, (width, n, c) each."""
     g = grad.unbind(1)
-    found = []
-    for _, of_b in _grouped(terms, lambda t: t.b):
-        by_path = [
+    return [
+        total(
             radial[:, :, path] * total(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
             for path, of_path in _grouped(of_b, lambda t: t.path)
-        ]
-        found.append(total(by_path).sum(-1))
-    return torch.stack(found, dim=2)
-
-
-def _of_y_by_products(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
-    """The same, the sum over channels as one matrix product per node: as a loop a compiler transposes what it adds."""
-    width, n, _, c = radial.shape
-    pairs = sorted({(t.path, t.i, t.a) for t in terms})
-    place = {pair: number for number, pair in enumerate(pairs)}
-    per_edge = torch.stack([radial[:, :, path] * h[i][:, :, a] for path, i, a in pairs], dim=2)
-    per_node = per_edge.transpose(0, 1).reshape(n, -1, c)
-    found = torch.bmm(per_node, grad.transpose(1, 2)).view(n, width, len(pairs), -1)
-    of_b = [
-        total(t.c * found[:, :, place[t.path, t.i, t.a], t.k] for t in some)
-        for _, some in _grouped(terms, lambda t: t.b)
+        )
+        for _, of_b in _grouped(terms, lambda t: t.b)
     ]
-    return torch.stack(of_b, dim=2).transpose(0, 1)
 
 
 def _grouped(terms: Iterable[_Term], key: Callable[[_Term], Any]) -> list[tuple[Any, list[_Term]]]:

@@ -30,14 +30,15 @@ class FixedNetwork:
     ) -> None:
         other = None if plainly else potential.stand_in(stress=stress)
         network, elements = other or potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
+        program = None if plainly or other is not None else potential.program(stress=stress)
+        compiled = program is not None
         with torch.no_grad():
-            tables = [form.tables_of(elements[1]) for form in contraction_forms(network)]
+            tables = [form.tables_of(elements[1], compiled=compiled) for form in contraction_forms(network)]
         # A recording reads them where they are, and whoever merges the adapter again makes others in their place.
         self._derived = {} if potential.adapter is None else potential.adapter.derived()
         tensors = {**batch.tensors, "edge_index": table.index}
         fixed = Batch(tensors, batch.numbers, batch.atoms_per_graph)
         self._inputs = Inputs.of(fixed, table.arrangement(elements), tables, stress=stress)
-        program = None if plainly or other is not None else potential.program(stress=stress)
         head_index = potential.backbone.head_index
         self._run: Callable[..., Sequence[Tensor]] = program or evaluator(
             network, self._inputs, head_index, compiled=False

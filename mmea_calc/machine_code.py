@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from .errors import CompilationError, first_line
 from .mace_bridge import quiet
 from .memory import keep_small_blocks
-from .tracing import Traced, place_of
+from .tracing import Traced, contraction_forms, place_of
 
-PROGRAM_VERSION = 4
+PROGRAM_VERSION = 5
 # Of a side of a tensor, such as pairs or atoms.
 _LARGEST = 2**26
 
@@ -55,6 +55,7 @@ def form_of(network: nn.Module, *asked: object) -> str:
         form = type(module.__dict__.get("forward")).__qualname__
         parts.append((name, type(module).__qualname__, form, module.extra_repr(), sorted(settings.items()), hooks))
     parts += [(name, tuple(t.shape), str(t.dtype)) for name, t in named_tensors(network)]
+    parts += [form.terms for form in contraction_forms(network)]  # of which values decide: those that are zero
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -165,7 +166,7 @@ def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:
         aoti_compile_and_package(
             exported,
             package_path=str(path.with_suffix(".pt2")),
-            inductor_configs={"cpp.dynamic_threads": True},
+            inductor_configs={"cpp.dynamic_threads": True, "assert_indirect_indexing": False},
         )
     safetensors.torch.save_file(fixed, path.with_suffix(".safetensors"), metadata={"inputs": json.dumps(names)})
 

@@ -20,7 +20,6 @@ from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._e3nn import o3
@@ -140,7 +139,7 @@ class ReshapeByPiece:
         if now is None:
             return type(self.stock).forward(self.stock, tensor)
         pieces = now.split(tensor, [mul * dim for mul, dim in self.sizes])
-        return torch.cat([p.unflatten(1, size) for p, size in zip(pieces, self.sizes, strict=True)], dim=2)
+        return now.join([p.unflatten(1, size) for p, size in zip(pieces, self.sizes, strict=True)])
 
 
 __all__ = ["LinearByPiece", "ReshapeByPiece", "remove_pieces", "use_pieces"]

@@ -212,11 +212,11 @@ def trace_loss(
     return _trace(function, tensors, [*(set() for _ in trained), *inputs.dynamic(), *Targets.DYNAMIC])
 
 
-def inputs_of(network: nn.Module, batch: Batch, *, stress: bool) -> Inputs:
-    """What a graph of this network takes of a batch."""
+def inputs_of(network: nn.Module, batch: Batch, *, stress: bool, compiled: bool = True) -> Inputs:
+    """What a graph of this network takes of a batch; `compiled`: see `evaluator`."""
     arrangement = arrange(batch.tensors)
     with torch.no_grad():
-        tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]
+        tables = [form.tables_of(arrangement.present, compiled=compiled) for form in contraction_forms(network)]
     return Inputs.of(batch, arrangement, tables, stress=stress)
 
 

@@ -65,9 +65,9 @@ def adapted(name: str) -> Iterator[nn.Module]:
         yield network
 
 
-def inputs_of(network: nn.Module, batch: Batch) -> Inputs:
+def inputs_of(network: nn.Module, batch: Batch, *, compiled: bool = True) -> Inputs:
     arrangement = arrange(batch.tensors)
-    tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]
+    tables = [form.tables_of(arrangement.present, compiled=compiled) for form in contraction_forms(network)]
     return Inputs.of(batch, arrangement, tables, stress=True)
 
 
@@ -84,12 +84,14 @@ def assert_the_same(found: Any, batch: Batch, network: nn.Module, tolerance: flo
     assert not strain[-1].any()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_arranged_forms_give_the_networks_values(name: str) -> None:
+def test_arranged_forms_give_the_networks_values(name: str, compiled: bool) -> None:
     with adapted(name) as network:
         for batch in batches().values():
-            inputs = inputs_of(network, batch)
-            assert_the_same(evaluator(network, inputs, 0)(*inputs.tensors()), batch, network, 1e-12)
+            inputs = inputs_of(network, batch, compiled=compiled)
+            found = evaluator(network, inputs, 0, compiled=compiled)(*inputs.tensors())
+            assert_the_same(found, batch, network, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["zbl", "nonlinear"])

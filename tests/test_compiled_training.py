@@ -261,7 +261,7 @@ def test_what_is_recorded_takes_few_operations() -> None:
     found = []
     for form in ("as it is", "for compilers"):
         if form == "for compilers":
-            gradient._program = Uncompiled(gradient)
+            gradient._program, gradient._compiled = Uncompiled(gradient), True
         gradient(*steps)
         with Watching() as watching:
             gradient(*steps)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.contraction import _next_chosen, _next_sorted, remove_table_contraction, use_table_contraction
+from mmea_calc.contraction import remove_table_contraction, use_table_contraction
 from mmea_calc.graph import Batch, build_graph, collate
 from mmea_calc.mace_bridge import symmetric_contractions
 
@@ -188,12 +188,3 @@ def test_no_atoms_give_no_rows(network: nn.Module) -> None:
     stock_width = 4 * (1 + 3)
     out = module(torch.zeros(0, 4, n, dtype=torch.float64), torch.zeros(0, len(ELEMENTS), dtype=torch.float64))
     assert tuple(out.shape) == (0, stock_width)
-
-
-@pytest.mark.parametrize("n", [1, 4, 9])
-def test_sorted_monomials_are_the_same_in_three_operations(n: int) -> None:
-    a = torch.randn(2, 5, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    one = other = a
-    for _ in range(3):
-        one, other = _next_sorted(one, a), _next_chosen(other, a)
-        assert torch.equal(one, other)

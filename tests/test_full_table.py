@@ -33,12 +33,14 @@ def filled(batch: Batch, table: FullTable) -> dict[str, torch.Tensor]:
     return {**batch.tensors, **kept, "edge_index": table.index}
 
 
-def inputs_of(network: torch.nn.Module, structures: tuple[Atoms, ...]) -> tuple[Inputs, Batch]:
+def inputs_of(
+    network: torch.nn.Module, structures: tuple[Atoms, ...], *, compiled: bool = True
+) -> tuple[Inputs, Batch]:
     """Inputs with all pairs within the cutoff and a skin, filled up, and the batch of the pairs within the cutoff."""
     wide = batch_of(*structures, r_max=R_MAX + SKIN)
     table = table_of(wide)
     elements = arrange_elements(wide.tensors["node_attrs"])
-    tables = [form.tables_of(elements[1]) for form in contraction_forms(network)]
+    tables = [form.tables_of(elements[1], compiled=compiled) for form in contraction_forms(network)]
     tensors = filled(wide, table)
     inputs = Inputs.of(
         Batch(tensors, wide.numbers, wide.atoms_per_graph), table.arrangement(elements), tables, stress=True
@@ -76,12 +78,13 @@ def test_a_table_takes_the_edges_of_another_where_it_is() -> None:
 UNENDING = "nonlinear"
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != UNENDING])
-def test_a_full_table_with_a_skin_gives_the_networks_values(name: str) -> None:
+def test_a_full_table_with_a_skin_gives_the_networks_values(name: str, compiled: bool) -> None:
     with adapted(name) as network:
         for structures in SETS.values():
-            inputs, batch = inputs_of(network, structures)
-            found = evaluator(network, inputs, 0)(*inputs.tensors())
+            inputs, batch = inputs_of(network, structures, compiled=compiled)
+            found = evaluator(network, inputs, 0, compiled=compiled)(*inputs.tensors())
             assert_the_same(found, batch, network, 1e-12)
 
 
@@ -92,12 +95,13 @@ def test_a_network_in_which_far_pairs_weigh_something_shows() -> None:
             assert_the_same(evaluator(network, inputs, 0)(*inputs.tensors()), batch, network, 1e-12)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_nothing_in_a_call_waits_for_the_device(name: str) -> None:
+def test_nothing_in_a_call_waits_for_the_device(name: str, compiled: bool) -> None:
     """What a CUDA graph could not hold."""
     with adapted(name) as network:
-        inputs, _ = inputs_of(network, SETS["mixed"])
-        evaluate = evaluator(network, inputs, 0)
+        inputs, _ = inputs_of(network, SETS["mixed"], compiled=compiled)
+        evaluate = evaluator(network, inputs, 0, compiled=compiled)
         evaluate(*inputs.tensors())
         with Watching() as watching:
             evaluate(*inputs.tensors())
