@@ -27,13 +27,13 @@ class Incidence:
 
     Attributes:
         rows: (..., ...) of two dimensions: the row of each slot, 0 where it is empty.
-        empty: of the same shape, bool.
+        empty: of the same shape, bool; None where no slot is.
         slots: (width, n_rows), numbers in the flattened `rows`, 0 where there are no more.
         missing: (width, n_rows), bool; None where no row lacks any.
     """
 
     rows: Tensor
-    empty: Tensor
+    empty: Tensor | None
     slots: Tensor
     missing: Tensor | None = None
 
@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, of: Incidence, blank: bool) -> Tensor:
         ctx.of = of
         taken = x.index_select(0, of.rows.flatten()).view(*of.rows.shape, *x.shape[1:])
-        return taken.masked_fill(_like(of.empty, taken), 0) if blank else taken
+        return taken.masked_fill(_like(of.empty, taken), 0) if blank and of.empty is not None else taken
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -91,6 +91,7 @@ class Arrangement:
         present: positions, in the one-hot encoding, of the elements that are there, (n_present,), at least two of them:
             one may stand twice.
         element: position of each atom's element in the one-hot encoding, (n_atoms,).
+        pairs: slots (1, n_edges) of the edges, of the pairs of atoms that they are between: one edge each way.
     """
 
     # For each of `tensors`, the dimensions that differ from batch to batch.
@@ -98,6 +99,7 @@ class Arrangement:
         *({0, 1}, {0, 1}, {1}),
         *({0, 1}, {0, 1}, {0, 1}),
         *({0, 1}, {0, 1}, {1}, {0}, {0}),
+        *({1}, {1}, {1}),
     )
 
     edges: Incidence
@@ -105,27 +107,36 @@ class Arrangement:
     atoms: Incidence
     present: Tensor
     element: Tensor
+    pairs: Incidence
 
     def tensors(self) -> list[Tensor]:
         """All of it, for `from_tensors`."""
-        assert self.senders.missing is not None
-        return [
+        found = [
             *(self.edges.rows, self.edges.empty, self.edges.slots),
             *(self.senders.rows, self.senders.slots, self.senders.missing),
             *(self.atoms.rows, self.atoms.empty, self.atoms.slots, self.present, self.element),
+            *(self.pairs.rows, self.pairs.slots, self.pairs.missing),
         ]
+        return [t for t in found if t is not None]  # none of these is None
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> Arrangement:
         edge_rows, empty, edge_slots, sender_rows, sender_slots, missing, *of_elements = tensors
-        atom_rows, no_atom, place, present, element = of_elements
+        atom_rows, no_atom, place, present, element, pair, both, lacking = of_elements
         return cls(
             Incidence(edge_rows, empty, edge_slots),
             Incidence(sender_rows, empty, sender_slots, missing),
             Incidence(atom_rows, no_atom, place),
             present,
             element,
+            Incidence(pair, None, both, lacking),
         )
+
+    def first_edges(self) -> Incidence:
+        """Slots (1, n_pairs) of the pairs, of the first edge of each."""
+        pair, first = self.pairs.rows, self.pairs.slots[:1]
+        others = first[0].index_select(0, pair[0]) != torch.arange(pair.shape[1], device=pair.device)
+        return Incidence(first, None, pair, others.unsqueeze(0))
 
 
 def arrange_elements(node_attrs: Tensor) -> tuple[Incidence, Tensor, Tensor]:
@@ -151,7 +162,34 @@ def arrange(tensors: dict[str, Tensor], elements: tuple[Incidence, Tensor, Tenso
     # The slots in which edges from each atom lie: first those edges, then where each of them lies.
     sent, missing, _ = table(sender, n_atoms)
     senders = Incidence(begins, empty, slots.flatten()[sent], missing)
-    return Arrangement(Incidence(rows, empty, slots), senders, atoms, present, element)
+    pairs = arrange_pairs(tensors["edge_index"], tensors["unit_shifts"], n_atoms)
+    return Arrangement(Incidence(rows, empty, slots), senders, atoms, present, element, pairs)
+
+
+def arrange_pairs(edge_index: Tensor, unit_shifts: Tensor, n_atoms: int) -> Incidence:
+    """`pairs` of an `Arrangement`, of edges in any order; each is one of its own unless all have their opposite."""
+    sender, receiver = edge_index
+    # A number that both edges of a pair have: of its lower atom, its upper one and the lattice vectors between them.
+    crossed = unit_shifts.to(torch.int64)
+    base = 2 * int(crossed.abs().max()) + 1 if crossed.any() else 1
+    code = (crossed[:, 0] * base + crossed[:, 1]) * base + crossed[:, 2]
+    turned = (sender > receiver) | ((sender == receiver) & (code < 0))
+    atoms = torch.minimum(sender, receiver) * n_atoms + torch.maximum(sender, receiver)
+    number, order = (atoms * base**3 + torch.where(turned, -code, code)).sort(stable=True)
+    if len(order) < 4 or len(order) % 2 or not torch.equal(number[::2], number[1::2]):
+        return lone_edges(len(order), sender.device)
+    pair = torch.empty_like(order)
+    pair[order] = torch.arange(len(order), device=order.device) // 2
+    both = order.view(-1, 2).T.contiguous()
+    return Incidence(pair.unsqueeze(0), None, both, torch.zeros_like(both, dtype=torch.bool))
+
+
+def lone_edges(n: int, device: torch.device) -> Incidence:
+    """The same for n edges of which nothing is known: each is a pair of its own."""
+    edge = torch.arange(n, device=device).unsqueeze(0)
+    lacking = torch.zeros(2, n, dtype=torch.bool, device=device)
+    lacking[1] = True
+    return Incidence(edge, None, edge.repeat(2, 1), lacking)
 
 
 def arrange_structures(owner: Tensor, n_structures: int) -> tuple[Tensor, Tensor]:

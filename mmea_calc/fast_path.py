@@ -6,6 +6,7 @@
 | convolution | `convolution` | tensor products per edge, and the memory of every edge's message |
 | self-connections, in compiled networks | `self_connection` | products with the elements that an atom is not |
 | linear layers, in compiled networks | `piecewise` | taking features apart, and the gradients of that |
+| radial MLPs, in compiled networks | `pair_radial` | the edge of a pair that goes the other way |
 | readouts of several heads, in compiled networks | `head_mask` | a mask that comes from the host |
 
 They replace a `forward` on the given network's own modules. They read the parameters that are there, so adapters and
@@ -21,6 +22,7 @@ from torch import nn
 from .contraction import remove_table_contraction, use_table_contraction
 from .convolution import remove_fast_convolution, use_fast_convolution
 from .head_mask import remove_head_masks, use_head_masks
+from .pair_radial import remove_pair_radial, use_pair_radial
 from .piecewise import remove_pieces, use_pieces
 from .self_connection import remove_self_connections, use_self_connections
 
@@ -31,6 +33,7 @@ def use_fast_path(network: nn.Module) -> None:
     use_self_connections(network)
     use_pieces(network)
     use_head_masks(network)
+    use_pair_radial(network)
     if kept := use_fast_convolution(network):
         listed = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         warnings.warn(f"some convolutions run in mace-torch's own, slower form: {listed}", stacklevel=2)
@@ -42,4 +45,5 @@ def remove_fast_path(network: nn.Module) -> None:
     remove_self_connections(network)
     remove_pieces(network)
     remove_head_masks(network)
+    remove_pair_radial(network)
     remove_fast_convolution(network)

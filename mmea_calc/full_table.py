@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .arrangement import Arrangement, Incidence, table
+from .arrangement import Arrangement, Incidence, lone_edges, table
 
 # Of edges that come and go: one shape then serves many of their sets.
 WIDTHS = 8
@@ -88,7 +88,7 @@ class FullTable:
         none = torch.zeros(self.width, n, dtype=torch.bool, device=self.sent.device)
         edges = Incidence(rows.view(self.width, n), none, rows.unsqueeze(0))
         senders = Incidence(self.index[0].view(self.width, n), none, self.sent, none)
-        return Arrangement(edges, senders, *elements)
+        return Arrangement(edges, senders, *elements, lone_edges(len(rows), rows.device))
 
 
 def width_of(index: Tensor, n_atoms: int, step: int = 1) -> int:

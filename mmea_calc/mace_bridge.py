@@ -392,6 +392,16 @@ def reshapes(network: nn.Module) -> list[Any]:
     return [m for m in found if getattr(m, "cueq_config", None) is None]
 
 
+def radial_networks(network: nn.Module) -> list[tuple[Any, int]]:
+    """Radial MLP of every interaction block, and the width of the network's radial embedding.
+
+    The embedding is the same for both edges of a pair, also where it knows the sum of the elements' radii. What is
+    wider has features of sender and receiver beside it.
+    """
+    width = int(getattr(getattr(network, "radial_embedding", None), "out_dim", 0))
+    return [(block.conv_tp_weights, width) for _, block in interaction_blocks(network)]
+
+
 def headed_readouts(network: nn.Module) -> list[Any]:
     """Readouts that keep the hidden channels of one head of several: `non_linearity` of `linear_1` and a mask, in one
     of the two kinds the same with `linear_mid`, then `linear_2`.
