@@ -304,14 +304,17 @@ class MagnitudeGate(nn.Module):
         heads = iter(layers.parts(z, self.head_sizes))
         shifts = [next(heads) for irrep in self.irreps if irrep.kind == "shift"]
         gains = {first: self._phi(next(heads)) for first in self.firsts}
-        axis = -2 if self.components_first else -1
         found = []
         for irrep, piece in zip(self.irreps, now.split(y, [i.mul * i.dim for i in self.irreps]), strict=True):
             if irrep.kind == "shift":
                 piece = piece + shifts.pop(0)
             elif irrep.kind == "gain":
                 size = (irrep.dim, irrep.mul) if self.components_first else (irrep.mul, irrep.dim)
-                piece = (piece.unflatten(-1, size) * gains[irrep.first].unsqueeze(axis)).flatten(-2)
+                # Channels side by side, as matrix products leave them: a compiler keeps that order.
+                piece = piece.unflatten(-1, size)
+                piece = piece if self.components_first else piece.transpose(-2, -1)
+                piece = piece * gains[irrep.first].unsqueeze(-2)
+                piece = (piece if self.components_first else piece.transpose(-2, -1)).flatten(-2)
             found.append(piece)
         return now.join(found)
 
