@@ -5,7 +5,7 @@ element e, a polynomial in the components A_x of that channel
 
     B_w = sum_M C[e,M,c] A_x A_v A_i,   M = (w; x <= v <= i) and monomials of lower degrees,
 
-and angular momenta leave few of its terms: 108 of 660 for orders up to 2, correlation 3 and an output 0e + 1o. Written
+and angular momenta leave few of its terms: 108 of 876 for orders up to 2, correlation 3 and an output 0e + 1o. Written
 out over channels that lie side by side they are what a compiler is good at, and take a tenth of the time of the matrix
 products that do not know of zeros (`contraction`).
 
