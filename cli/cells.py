@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmea_calc.benchmark import BenchmarkEvent, CellResult, ResultTable, Task
     from mmea_calc.benchmark.table import Column, Row
     from mmea_calc.config import BenchmarkConfig
-    from mmea_calc.preflight import PreflightReport
+    from mmea_calc.data.preflight import PreflightReport
 
 # More columns than this do not fit beside each other.
 WIDEST = 5

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mmea_calc.check import CheckReport
     from mmea_calc.config import CheckConfig
-    from mmea_calc.dataset import Dataset
+    from mmea_calc.data.dataset import Dataset
     from mmea_calc.potential import Potential
 
 DYNAMICS, BOUNDS = "Dynamics", "Bounds"
@@ -80,7 +80,7 @@ def check(
         "max_drift_meV_per_atom_ps": max_drift,
     }
     from mmea_calc.config import CheckConfig
-    from mmea_calc.data import read_dataset
+    from mmea_calc.data.reading import read_dataset
     from mmea_calc.md import open_potential
     from mmea_calc.plots import check_picture
 

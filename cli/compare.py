@@ -62,7 +62,7 @@ def compare(
     from mmea_calc.benchmark.cells import read_results
     from mmea_calc.benchmark.results_folder import CELLS
     from mmea_calc.config import COMPARE_SEEDS, TrainConfig
-    from mmea_calc.data import read_dataset
+    from mmea_calc.data.reading import read_dataset
 
     from .console import say
 

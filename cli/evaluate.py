@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from mmea_calc.config import Precision
-    from mmea_calc.dataset import Dataset
+    from mmea_calc.data.dataset import Dataset
     from mmea_calc.evaluation import Evaluation
     from mmea_calc.potential import Potential
 
@@ -32,7 +32,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Errors of energies, forces and stresses: overall, by config_type and element, adapter beside bare backbone."""
-    from mmea_calc.data import read_dataset
+    from mmea_calc.data.reading import read_dataset
     from mmea_calc.plots import check_picture
 
     from .console import print_json
@@ -85,7 +85,7 @@ def _evaluate(potential: Potential, dataset: Dataset, batch_size: int | None) ->
 
 
 def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
-    from mmea_calc.unit_checks import unit_warnings
+    from mmea_calc.data.unit_checks import unit_warnings
 
     from .console import out, say, say_doubts, table
 

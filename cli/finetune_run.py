@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from mmea_calc.backbone import Backbone
-    from mmea_calc.dataset import Dataset
-    from mmea_calc.finetuning import FinetuneResult
-    from mmea_calc.preflight import PreflightReport
-    from mmea_calc.team import Team
+    from mmea_calc.data.dataset import Dataset
+    from mmea_calc.data.preflight import PreflightReport
+    from mmea_calc.training.finetuning import FinetuneResult
+    from mmea_calc.training.team import Team
 
     from .settings import Settings
 
@@ -28,11 +28,11 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
         team: processes that train together; the first one tells.
 
     Raises:
-        MMEAError: of any kind, see `mmea_calc.finetuning`; also where training did not help, or where dynamics that
-            were asked for fail.
+        MMEAError: of any kind, see `mmea_calc.training.finetuning`; also where training did not help, or where dynamics
+            that were asked for fail.
     """
     from mmea_calc.adapter_file import backbone_for
-    from mmea_calc.finetuning import finetune as train_adapter
+    from mmea_calc.training.finetuning import finetune as train_adapter
 
     from .console import out
     from .machine import warn_if_busy
@@ -112,7 +112,7 @@ def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:
 
 def read_sets(train_files: list[Path], options: dict[str, Any]) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """Training, validation and test structures; MMEAError where a file is not what it should be."""
-    from mmea_calc.prepared import is_prepared, open_dataset
+    from mmea_calc.data.prepared import is_prepared, open_dataset
 
     keys = {name: options[name] for name in ("energy_key", "forces_key", "stress_key")}
     train = open_dataset(train_files, **keys)
@@ -137,7 +137,7 @@ def _introduce(backbone: Backbone) -> None:
 
 def show_report(train: Dataset, valid: Dataset | None, test: Dataset | None, backbone: Backbone) -> PreflightReport:
     """Show keys, the report on the data as a table, and what is doubtful."""
-    from mmea_calc.preflight import preflight
+    from mmea_calc.data.preflight import preflight
 
     from .console import out, say_doubts, table
 

@@ -49,7 +49,7 @@ def inspect(
     content = read_adapter(file)
     structures: list[Atoms] = []
     if data is not None:
-        from mmea_calc.data import read_frames
+        from mmea_calc.data.reading import read_frames
 
         frames = read_frames(data)
         taken = min(len(frames), max_structures)

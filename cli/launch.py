@@ -15,7 +15,7 @@ from .explain import leave
 
 
 def run_together(devices: int | None, device: str, run: Callable[[Any, str], None]) -> None:
-    """Call `run` with the processes that train together (a `mmea_calc.team.Team`) and the device of this one.
+    """Call `run` with the processes that train together (a `mmea_calc.training.team.Team`) and the device of this one.
 
     Args:
         devices: processes to start on this machine; None or 1 starts none. A process that torchrun started is one of
@@ -26,7 +26,7 @@ def run_together(devices: int | None, device: str, run: Callable[[Any, str], Non
         typer.Exit: in all processes, when one of them has failed; one line says why.
     """
     from mmea_calc.errors import TrainingError
-    from mmea_calc.team import SOLO, launched
+    from mmea_calc.training.team import SOLO, launched
 
     if devices is not None and devices < 1:
         raise TrainingError(f"devices must be at least 1, got {devices}")
@@ -40,7 +40,7 @@ def run_together(devices: int | None, device: str, run: Callable[[Any, str], Non
 
 def _join(devices: int | None, device: str, run: Callable[[Any, str], None]) -> None:
     from mmea_calc.errors import MMEAError, TrainingError
-    from mmea_calc.team import TeamEndedError, joined
+    from mmea_calc.training.team import TeamEndedError, joined
 
     with joined(device) as (team, own):
         try:

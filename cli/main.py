@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmea_calc.errors import MMEAError
-from mmea_calc.memory import keep_freed_memory
+from mmea_calc.fast.memory import keep_freed_memory
 
 from .analyse import analyse
 from .backbone import app as backbone_app

@@ -31,7 +31,7 @@ def prepare(
     """Write structures, labels and neighbour lists for mmea finetune, which then reads what it needs when it does."""
     from mmea_calc.backbone import load_backbone
     from mmea_calc.config import DEFAULT_BACKBONE
-    from mmea_calc.preparing import prepare as write_prepared
+    from mmea_calc.data.preparing import prepare as write_prepared
 
     from .console import out, say
     from .progress import counting

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from mmea_calc.trainer import ProgressEvent
+    from mmea_calc.training.trainer import ProgressEvent
 
 
 class TrainingDisplay:

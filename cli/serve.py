@@ -55,12 +55,12 @@ def serve(
     """
     if (port is None) == (unix is None):
         raise typer.BadParameter("give --port or --unix, the one that i-PI's <ffsocket> has", param_hint="'--port'")
-    from mmea_calc import ipi_client
     from mmea_calc.config import MDConfig
+    from mmea_calc.ipi import client
     from mmea_calc.md import open_potential
     from mmea_calc.md.simulation import check_equivariant
 
-    address = ipi_client.unix(unix) if unix is not None else ipi_client.tcp(host, port or 0)
+    address = client.unix(unix) if unix is not None else client.tcp(host, port or 0)
     atoms = _read(structure)
     defaults = MDConfig()
     potential = open_potential(
@@ -70,7 +70,7 @@ def serve(
     _log(f"{adapter}: {_about(atoms, potential)}")
     if unseen := _unseen(adapter, atoms):
         _log(f"{adapter} has seen no {', '.join(unseen)} in training: there it extrapolates")
-    served = ipi_client.serve(
+    served = client.serve(
         potential, atoms, address, connections=connections, wait_s=wait, batch_size=batch_size, log=_log
     )
     _log(f"{served.n_structures} structures in {served.n_calls} calls of the network")

@@ -119,7 +119,7 @@ def coerce(name: str, value: Any, wanted: Any, source: object) -> Any:
 
 
 def _recipe(name: str | None, method: str) -> dict[str, Any]:
-    from mmea_calc.recipes import RECIPES, recipe_for
+    from mmea_calc.training.recipes import RECIPES, recipe_for
 
     if name is not None and name not in RECIPES:
         raise typer.BadParameter(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}", param_hint="'--recipe'")

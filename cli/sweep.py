@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from mmea_calc.sweep import Outcome, Point
+    from mmea_calc.training.sweep import Outcome, Point
 
     from .settings import Settings
 
@@ -30,7 +30,7 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
         typer.BadParameter: options that do not go together.
         typer.Exit: some trainings have failed; the table says which.
     """
-    from mmea_calc.sweep import train_all, write_table
+    from mmea_calc.training.sweep import train_all, write_table
 
     from .console import say
 
@@ -65,7 +65,7 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
 
 def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> tuple[list[Point], Path, Path]:
     """What to train, the folder of the sweep, and the file of the table."""
-    from mmea_calc.sweep import Point, committee, grid
+    from mmea_calc.training.sweep import Point, committee, grid
 
     options = settings.options
     if options["sweep"] and options["committee"] is not None:
@@ -125,7 +125,7 @@ def _told(outcome: Outcome) -> None:
 
 
 def _show(outcomes: Sequence[Outcome], points: Sequence[Point], file: Path) -> None:
-    from mmea_calc.sweep import ranked
+    from mmea_calc.training.sweep import ranked
 
     from .console import out, plain, say, table
 

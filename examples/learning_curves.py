@@ -21,9 +21,9 @@ import numpy as np
 
 from mmea_calc import AdapterConfig, TrainConfig, read_dataset
 from mmea_calc.adapter_file import AdapterFile, read_adapter
-from mmea_calc.dataset import Dataset
-from mmea_calc.finetuning import finetune
-from mmea_calc.trainer import Errors
+from mmea_calc.data.dataset import Dataset
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.trainer import Errors
 
 
 def curve(

@@ -25,9 +25,9 @@ from ase import Atoms
 
 from mmea_calc.backbone import load_backbone
 from mmea_calc.config import AdapterConfig, TrainConfig
-from mmea_calc.dataset import Labelled
-from mmea_calc.prepared import open_prepared
-from mmea_calc.preparing import writing
+from mmea_calc.data.dataset import Labelled
+from mmea_calc.data.prepared import open_prepared
+from mmea_calc.data.preparing import writing
 from mmea_calc.pretrain.dataset import read_arrays
 
 
@@ -108,8 +108,8 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, float]:
     """Steps of the trainer, as `mmea finetune` takes them, with batches from all of the file."""
     from mmea_calc.adapted import attach
     from mmea_calc.potential import Potential
-    from mmea_calc.samples import Samples
-    from mmea_calc.trainer import Trainer
+    from mmea_calc.training.samples import Samples
+    from mmea_calc.training.trainer import Trainer
 
     started = time.perf_counter()
     config = TrainConfig(batch_size=options.batch_size, epochs=1)

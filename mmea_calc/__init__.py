@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .backbone import Backbone, load_backbone
     from .calculator import MMEACalculator
     from .config import AdapterConfig, TrainConfig
-    from .data import read_dataset
+    from .data.reading import read_dataset
     from .errors import MMEAError
     from .evaluation import evaluate
-    from .finetuning import finetune
-    from .memory import keep_freed_memory
+    from .fast.memory import keep_freed_memory
+    from .training.finetuning import finetune
 
 __version__ = "0.1.0"
 
@@ -31,11 +31,11 @@ _MODULES = {
     "TrainConfig": "config",
     "attach": "adapted",
     "evaluate": "evaluation",
-    "finetune": "finetuning",
-    "keep_freed_memory": "memory",
+    "finetune": "training.finetuning",
+    "keep_freed_memory": "fast.memory",
     "load_backbone": "backbone",
     "read_adapter": "adapter_file",
-    "read_dataset": "data",
+    "read_dataset": "data.reading",
 }
 
 __all__ = [

@@ -31,9 +31,9 @@ from torch.utils.hooks import RemovableHandle
 from ._e3nn import FullyConnectedNet, o3
 from .adapter_state import SHORTEST, check_state
 from .config import AdapterConfig
-from .element_tables import ElementTables
 from .errors import AdapterError
-from .frozen_gates import FrozenGate
+from .fast.element_tables import ElementTables
+from .fast.frozen_gates import FrozenGate
 from .gates import MagnitudeGate, reason_not_adaptable
 from .mace_bridge import element_layers, is_radial_embedding
 from .methods import METHODS, LinearPart, Method, Site, find_sites, linear_layers, method_named

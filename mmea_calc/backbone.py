@@ -69,8 +69,8 @@ class Backbone:
         atomic_energies: E0 of the chosen head, eV.
         level_of_theory, licence, notes: what is known of its data, its licence, its use.
         trust_note: one sentence where loading it executed code from the file; None otherwise.
-        fast: whether it is on the fast path (`mmea_calc.fast_path`); False: as mace-torch computes it.
-        kernels: "cuequivariance": calls are computed by a network of its layers (`mmea_calc.converted`).
+        fast: whether it is on the fast path (`mmea_calc.fast.switch`); False: as mace-torch computes it.
+        kernels: "cuequivariance": calls are computed by a network of its layers (`mmea_calc.fast.converted`).
     """
 
     name: str
@@ -394,7 +394,7 @@ def _describe(
 
 def _finish(backbone: Backbone, device: str, dtype: Precision, fast: bool = True) -> Backbone:
     """Freeze, zero the E0 buffer, take the fast path, move."""
-    from .fast_path import use_fast_path
+    from .fast.switch import use_fast_path
 
     network = backbone.network
     network.requires_grad_(False)

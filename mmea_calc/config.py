@@ -83,7 +83,7 @@ class AdapterConfig(_Settings):
 class TrainConfig(_Settings):
     """How an adapter is trained. Energies in eV, lengths in A.
 
-    The defaults are the default recipe; `mmea_calc.recipes.RECIPES` holds the named alternatives.
+    The defaults are the default recipe; `mmea_calc.training.recipes.RECIPES` holds the named alternatives.
 
     Attributes:
         epochs: passes over the training set; 0 takes as many as make about `steps`, at least 20 and at most 300.
@@ -286,7 +286,7 @@ class BenchmarkConfig(_Settings):
         seeds: of the split into training and validation, of shuffling and of initial values.
         backbone: name or path.
         head: of a backbone with several.
-        recipe: a name in `mmea_calc.recipes.RECIPES`; None: every method's own.
+        recipe: a name in `mmea_calc.training.recipes.RECIPES`; None: every method's own.
         epochs: instead of the recipe's; None leaves it.
         valid_fraction: part of the training structures for validation; None: the data set's own.
         E0s: see `resolve_reference_energies`; None: as the recipe has it.

@@ -15,12 +15,12 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from .dataset import Dataset
+from .data.dataset import Dataset
+from .data.prepared import PreparedDataset
 from .errors import DataError
 from .graph import Graph, check_elements
 from .potential import Potential
-from .prepared import PreparedDataset
-from .team import SOLO, Team
+from .training.team import SOLO, Team
 
 if TYPE_CHECKING:
     from .plots import ParitySeries

@@ -13,7 +13,7 @@ from .adapter_file import AdapterFile, read_adapter
 from .backbone import Backbone, save_backbone
 from .config import Precision
 from .errors import AdapterError, BackboneError
-from .fast_path import remove_fast_path
+from .fast.switch import remove_fast_path
 from .files import replacing
 from .mace_bridge import is_untrained, quiet
 from .mace_networks import restore_plain

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._e3nn import o3
-from .arrangement import Stage, stage
+from .fast.arrangement import Stage, stage
 from .layer_shape import LayerShape, blocks, is_cue_linear, reason_unreadable
 
 Phi = Literal["exp", "residual"]

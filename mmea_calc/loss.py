@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .dataset import Labelled
+from .data.dataset import LabelCounts, Labelled
 
 if TYPE_CHECKING:
     from .potential import Prediction
@@ -56,23 +56,6 @@ def collect_labels(structures: Sequence[Labelled], *, dtype: torch.dtype, device
         stress_mask=to([[[s.stress is not None]] for s in structures], dtype),
         atoms_per_graph=to(counts, dtype),
     )
-
-
-@dataclass(frozen=True)
-class LabelCounts:
-    """How many structures have an energy, and how many components of forces and stresses are labelled."""
-
-    energies: int
-    forces: int
-    stresses: int
-
-    @classmethod
-    def of(cls, structures: Sequence[Labelled]) -> LabelCounts:
-        return cls(
-            sum(s.energy is not None for s in structures),
-            sum(3 * len(s.atoms) for s in structures if s.forces is not None),
-            sum(9 for s in structures if s.stress is not None),
-        )
 
 
 @dataclass

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ._e3nn import o3
-from .arrangement import stage
 from .errors import BackboneError
-from .harmonics import by_products, can_be_written_out, written_out
+from .fast.arrangement import stage
+from .fast.harmonics import by_products, can_be_written_out, written_out
 from .mace_bridge import is_contraction, is_untrained, mace_modules
 
 

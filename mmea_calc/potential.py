@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile
 from .backbone import Backbone
-from .compiled import CompiledNetwork, Programs, compile_program
-from .converted import ConvertedNetwork
 from .errors import AdapterError, CompilationError, DataError
+from .fast.compiled import CompiledNetwork, Programs, compile_program
+from .fast.converted import ConvertedNetwork
+from .fast.machine_code import named_tensors
+from .fast.tensor_state import State, state_of
 from .graph import Batch, Found, Graph, build_graph, charge_of, collate
-from .machine_code import named_tensors
-from .tensor_state import State, state_of
 
 
 @dataclass
@@ -206,7 +206,7 @@ class Potential:
             the program's path, without ending. `predict` finds it from now on, in this process and in others.
 
         Raises:
-            CompilationError: see `mmea_calc.compiled`.
+            CompilationError: see `mmea_calc.fast.compiled`.
         """
         if not self.backbone.fast:
             raise CompilationError("this backbone was loaded with fast=False: load it without")

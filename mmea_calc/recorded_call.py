@@ -21,17 +21,17 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from .compiled import Found, disagreement, stress_of
 from .errors import first_line
-from .fixed_network import FixedNetwork
-from .full_table import MOST_EDGES, WIDTHS, FullTable, width_of
+from .fast.compiled import Found, disagreement, stress_of
+from .fast.fixed_network import FixedNetwork
+from .fast.full_table import MOST_EDGES, WIDTHS, FullTable, width_of
+from .fast.recorded import Recording
+from .fast.tensor_state import State, same_state
 from .graph import FloatArray
 from .md.forces import ReplicaForces
 from .md.neighbours import SKIN, Pairs
 from .md.state import Layout, Replica
 from .potential import Potential, Prediction
-from .recorded import Recording
-from .tensor_state import State, same_state
 
 
 class RecordedCall:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arrangement import stage
+from .fast.arrangement import stage
 
 # Where the backbone is reached, in units of the shortest distance. Largest forces below it are the same for 0.6 and
 # 0.8; the wider fade adds less force of its own (test error of aspirin 70.595 and 70.639 meV/A, without it 70.579).

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import random_network
 from mmea_calc.adapted import attached
-from mmea_calc.fast_path import remove_fast_path
+from mmea_calc.fast.switch import remove_fast_path
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "agnostic": {},

@@ -13,10 +13,10 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import nn
 
-from mmea_calc import machine_code
 from mmea_calc.adapted import Adapter
 from mmea_calc.backbone import Backbone
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast import machine_code
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.graph import Batch, build_graph, collate
 from mmea_calc.mace_bridge import build_network
 

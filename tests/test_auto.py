@@ -12,15 +12,15 @@ from ase.io import write
 from test_finetuning import QUICK, tiny_backbone
 
 from conftest import ELEMENTS, ethanol
-from mmea_calc import replay as module
 from mmea_calc.adapter_file import read_adapter
-from mmea_calc.auto import NEAR, REPLAY, decide
 from mmea_calc.config import REPLAY_STEPS, AdapterConfig, TrainConfig
-from mmea_calc.data import read_dataset
-from mmea_calc.dataset import Dataset
-from mmea_calc.finetuning import finetune
+from mmea_calc.data.dataset import Dataset
+from mmea_calc.data.reading import read_dataset
 from mmea_calc.potential import Potential
-from mmea_calc.samples import Samples
+from mmea_calc.training import replay as module
+from mmea_calc.training.auto import NEAR, REPLAY, decide
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.samples import Samples
 
 
 def off_by(tmp_path: Path, factor: float, *, forces: bool = True) -> Dataset:

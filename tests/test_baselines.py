@@ -24,11 +24,11 @@ from mmea_calc.backbone import save_backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import AdapterConfig, MDConfig
 from mmea_calc.errors import BackboneError, DynamicsError
-from mmea_calc.finetuning import finetune
 from mmea_calc.md import quick_check, run_md
 from mmea_calc.methods import METHODS
 from mmea_calc.potential import Potential
-from mmea_calc.trainer import ProgressEvent
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.trainer import ProgressEvent
 
 # e3nn 0.4 scripts its layers when they are built outside of mmea; torch finds fault with its annotations.
 pytestmark = pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support:UserWarning")

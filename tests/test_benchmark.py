@@ -24,7 +24,7 @@ from mmea_calc.benchmark.method_spec import parse_methods
 from mmea_calc.benchmark.results_folder import reference_energies_of
 from mmea_calc.benchmark.tasks import VALID, Task
 from mmea_calc.config import DEFAULT_BACKBONE, BenchmarkConfig
-from mmea_calc.data import read_dataset
+from mmea_calc.data.reading import read_dataset
 from mmea_calc.errors import AdapterError, DataError, MMEAError, TrainingError
 from mmea_calc.evaluation import evaluate
 from mmea_calc.potential import Potential

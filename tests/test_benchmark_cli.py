@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from mmea_calc.backbone import Backbone
 from mmea_calc.benchmark import BenchmarkEvent, runner, training
 from mmea_calc.errors import TrainingError
-from mmea_calc.trainer import ProgressEvent
+from mmea_calc.training.trainer import ProgressEvent
 from mmea_cli.main import app
 from mmea_cli.several import any_word, is_number, several_values
 

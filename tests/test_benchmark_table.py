@@ -22,7 +22,7 @@ from mmea_calc.benchmark.tasks import VALID, Task
 from mmea_calc.config import AdapterConfig, BenchmarkConfig, TrainConfig, to_dict
 from mmea_calc.errors import AdapterError, TrainingError
 from mmea_calc.methods import METHODS
-from mmea_calc.recipes import RECIPES
+from mmea_calc.training.recipes import RECIPES
 
 BARE = SetErrors(30.0, 40.0, 60.0, 80.0)
 

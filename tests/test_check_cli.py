@@ -18,7 +18,7 @@ from mmea_calc.adapter_file import AdapterFile, read_adapter, write_adapter
 from mmea_calc.backbone import load_backbone
 from mmea_calc.check import forgetting, measure
 from mmea_calc.config import AdapterConfig
-from mmea_calc.dataset import Labelled
+from mmea_calc.data.dataset import Labelled
 from mmea_calc.potential import Potential
 from mmea_cli.main import app
 

@@ -23,9 +23,9 @@ from mmea_calc.check.forgetting import forgetting, other_molecules, same_level
 from mmea_calc.check.plots import page
 from mmea_calc.check.scans import Hole, Scan
 from mmea_calc.config import AdapterConfig, CheckConfig
-from mmea_calc.dataset import Dataset, Labelled
+from mmea_calc.data.dataset import Dataset, Labelled
 from mmea_calc.errors import DataError, DynamicsError
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.potential import Potential
 
 ADAPTER = AdapterConfig(gate_rank=2, low_rank=2)

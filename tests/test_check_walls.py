@@ -17,7 +17,7 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.check import paths
 from mmea_calc.check.scans import Path, Scan, scan
 from mmea_calc.config import CheckConfig
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.graph import Graph, build_graph
 from mmea_calc.potential import Potential
 

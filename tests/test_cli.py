@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 from conftest import ROOT
 from mmea_calc.adapter_file import read_adapter, write_adapter
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig
-from mmea_calc.recipes import RECIPES
-from mmea_calc.trainer import ProgressEvent
+from mmea_calc.training.recipes import RECIPES
+from mmea_calc.training.trainer import ProgressEvent
 from mmea_cli.finetune import OTHER_OPTIONS
 from mmea_cli.main import app
 from mmea_cli.progress import TrainingDisplay, duration, plain_line

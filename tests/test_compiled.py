@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
-from mmea_calc import MMEACalculator, compiled, load_backbone, machine_code
+from mmea_calc import MMEACalculator, load_backbone
 from mmea_calc._e3nn import o3
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile
 from mmea_calc.adapter_state import SHORTEST
-from mmea_calc.arrangement import arrange
 from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig
 from mmea_calc.errors import CompilationError
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast import compiled, machine_code
+from mmea_calc.fast.arrangement import arrange
+from mmea_calc.fast.harmonics import by_products, written_out
+from mmea_calc.fast.machine_code import form_of
+from mmea_calc.fast.switch import use_fast_path
+from mmea_calc.fast.tracing import Inputs, contraction_forms, evaluator, example, trace
 from mmea_calc.graph import Batch
-from mmea_calc.harmonics import by_products, written_out
 from mmea_calc.mace_networks import repeat_to_the_bit
-from mmea_calc.machine_code import form_of
 from mmea_calc.potential import Potential
-from mmea_calc.tracing import Inputs, contraction_forms, evaluator, example, trace
 from mmea_cli.main import app
 
 

@@ -19,23 +19,25 @@ from torch import Tensor
 from waiting import Nothing, Watching, watched_recording
 
 from conftest import batch_of, crystal, ethanol, network_config, random_network, randomise, small_backbone_around
-from mmea_calc import compiled_training, finetune, machine_code, read_adapter
+from mmea_calc import finetune, read_adapter
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.adapter_state import SHORTEST
-from mmea_calc.arrangement import arrange
 from mmea_calc.backbone import Backbone
-from mmea_calc.compiled_training import CompiledGradient, difference, on_device, packed, targets_of, unpacked
 from mmea_calc.config import AdapterConfig, TrainConfig
-from mmea_calc.dataset import Labelled
+from mmea_calc.data.dataset import Labelled
 from mmea_calc.errors import CompilationError
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast import machine_code
+from mmea_calc.fast.arrangement import arrange
+from mmea_calc.fast.recorded import Recording, Recordings
+from mmea_calc.fast.switch import use_fast_path
+from mmea_calc.fast.tracing import Inputs, contraction_forms, loss_evaluator, trace_loss
 from mmea_calc.graph import Batch
 from mmea_calc.loss import LossWeights, collect_labels, loss_of
 from mmea_calc.mace_networks import repeat_to_the_bit
 from mmea_calc.methods import METHODS
 from mmea_calc.potential import Potential
-from mmea_calc.recorded import Recording, Recordings
-from mmea_calc.tracing import Inputs, contraction_forms, loss_evaluator, trace_loss
+from mmea_calc.training import compiled_training
+from mmea_calc.training.compiled_training import CompiledGradient, difference, on_device, packed, targets_of, unpacked
 
 CONFIG = TrainConfig(huber_delta=0.3)
 Step = tuple[Any, Any]
@@ -224,7 +226,7 @@ def test_a_recorded_gradient_is_the_networks_for_every_method(method: str) -> No
 
 def test_nothing_in_a_recorded_gradient_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     Watched, found = watched_recording()
-    monkeypatch.setattr("mmea_calc.recorded.Recording", Watched)
+    monkeypatch.setattr("mmea_calc.fast.recorded.Recording", Watched)
     potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
     gradient = recorded(potential, adapter)
     for seed in range(5):
@@ -307,7 +309,7 @@ def test_what_cannot_be_recorded_is_told_once_and_computed_without(monkeypatch: 
     def refuse(*_: object) -> None:
         raise RuntimeError("out of memory\nmore")
 
-    monkeypatch.setattr("mmea_calc.recorded.Recording", refuse)
+    monkeypatch.setattr("mmea_calc.fast.recorded.Recording", refuse)
     potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
     gradient = recorded(potential, adapter)
     assert_agrees(gradient, labelled(shaken(0)))
@@ -325,7 +327,7 @@ def test_recordings_are_few_and_of_what_comes_often(monkeypatch: pytest.MonkeyPa
             closed.append(len(self()[0]))
             super().close()
 
-    monkeypatch.setattr("mmea_calc.recorded.Recording", Closing)
+    monkeypatch.setattr("mmea_calc.fast.recorded.Recording", Closing)
     recordings = Recordings(lambda inputs: [2 * inputs[0]], torch.device("cpu"), most=2)
 
     def call(n: int, value: float) -> Tensor:
@@ -352,7 +354,7 @@ def test_recordings_are_few_and_of_what_comes_often(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_recording_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmea_calc.recorded.Recording", Nothing)
+    monkeypatch.setattr("mmea_calc.fast.recorded.Recording", Nothing)
     potential, adapter = adapted(fast_backbone(), AdapterConfig(gate_rank=2, low_rank=2))
     gradient = recorded(potential, adapter)
     for seed in range(3):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conftest import ELEMENTS, batch_of, crystal, ethanol, random_network, randomise, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.contraction import remove_table_contraction, use_table_contraction
+from mmea_calc.fast.contraction import remove_table_contraction, use_table_contraction
 from mmea_calc.graph import Batch, build_graph, collate
 from mmea_calc.mace_bridge import symmetric_contractions
 

@@ -19,8 +19,8 @@ from conftest import random_network, randomise, small_backbone_around
 from mmea_calc import MMEACalculator, load_backbone
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig, MDConfig
-from mmea_calc.converted import ConvertedNetwork
 from mmea_calc.errors import BackboneError, CompilationError
+from mmea_calc.fast.converted import ConvertedNetwork
 from mmea_calc.md.simulation import Simulation
 from mmea_calc.potential import Potential
 from mmea_cli.main import app
@@ -76,9 +76,9 @@ def test_energies_forces_and_stresses_are_those_of_the_network(method: str | Non
 
 
 def test_no_kernels_are_used_that_do_not_give_the_networks_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mmea_calc.converted
+    import mmea_calc.fast.converted
 
-    made = mmea_calc.converted.of_cuequivariance
+    made = mmea_calc.fast.converted.of_cuequivariance
 
     def wrong(network: torch.nn.Module) -> torch.nn.Module:
         found = made(network)
@@ -86,7 +86,7 @@ def test_no_kernels_are_used_that_do_not_give_the_networks_results(monkeypatch: 
             found.get_parameter("readouts.0.linear.weight").mul_(1.5)
         return found
 
-    monkeypatch.setattr(mmea_calc.converted, "of_cuequivariance", wrong)
+    monkeypatch.setattr(mmea_calc.fast.converted, "of_cuequivariance", wrong)
     other, own = potential("mmea"), potential("mmea", "own")
     batch = own.collate([own.graph(acid())])
     with pytest.warns(UserWarning, match="cuEquivariance's layers does not give what its network gives"):
@@ -96,12 +96,12 @@ def test_no_kernels_are_used_that_do_not_give_the_networks_results(monkeypatch: 
 
 
 def test_a_network_that_cannot_be_converted_goes_on_with_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mmea_calc.converted
+    import mmea_calc.fast.converted
 
     def fail(network: torch.nn.Module) -> torch.nn.Module:
         raise BackboneError("mace-torch cannot convert this network")
 
-    monkeypatch.setattr(mmea_calc.converted, "of_cuequivariance", fail)
+    monkeypatch.setattr(mmea_calc.fast.converted, "of_cuequivariance", fail)
     other, own = potential(None), potential(None, "own")
     batch = own.collate([own.graph(acid())])
     with pytest.warns(UserWarning, match="no network of cuEquivariance's layers for this one: mace-torch cannot"):

@@ -12,12 +12,12 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run
-from mmea_calc import convolution
 from mmea_calc._e3nn import o3
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.convolution import FastConvolution, _Planner, remove_fast_convolution, use_fast_convolution
-from mmea_calc.fast_path import remove_fast_path, use_fast_path
+from mmea_calc.fast import convolution
+from mmea_calc.fast.convolution import FastConvolution, _Planner, remove_fast_convolution, use_fast_convolution
+from mmea_calc.fast.switch import remove_fast_path, use_fast_path
 from mmea_calc.graph import Batch
 from mmea_calc.mace_bridge import interaction_blocks
 

@@ -15,9 +15,9 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
-from mmea_calc.data import Dataset, Labelled, read_dataset, split
+from mmea_calc.data.preflight import PreflightReport, preflight
+from mmea_calc.data.reading import Dataset, Labelled, read_dataset, split
 from mmea_calc.errors import DataError
-from mmea_calc.preflight import PreflightReport, preflight
 
 ASPIRIN = Path(__file__).parents[1] / "examples" / "data" / "aspirin"
 HCNO = (1, 6, 7, 8)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run
 from mmea_calc import AdapterConfig, attach
 from mmea_calc.adapted import Adapter
-from mmea_calc.element_tables import ElementTables
-from mmea_calc.fast_path import use_fast_path
-from mmea_calc.frozen_gates import FrozenGate
+from mmea_calc.fast.element_tables import ElementTables
+from mmea_calc.fast.frozen_gates import FrozenGate
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.graph import Batch
 from mmea_calc.mace_bridge import element_layers
 from mmea_calc.mace_networks import accept_neutral_graphs

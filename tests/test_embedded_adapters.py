@@ -14,9 +14,9 @@ from mmea_calc.adapter_file import embedded_adapters, read_adapter, write_adapte
 from mmea_calc.backbone import EMBEDDED, load_backbone
 from mmea_calc.config import TrainConfig
 from mmea_calc.errors import AdapterFileError
-from mmea_calc.finetuning import finetune
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain.unpack import unpack
+from mmea_calc.training.finetuning import finetune
 from mmea_cli.main import app
 
 NAME = "gfn2-to-pbe.adapter"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conftest import batch_of, crystal, ethanol, randomise, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.methods import METHODS
 
 RTOL = 1e-10

@@ -20,10 +20,10 @@ from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile
 from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig
-from mmea_calc.dataset import Dataset, Labelled
+from mmea_calc.data.dataset import Dataset, Labelled
 from mmea_calc.errors import DataError
 from mmea_calc.evaluation import Evaluation, StressErrors, evaluate
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.plots import parity
 from mmea_calc.potential import Potential
 

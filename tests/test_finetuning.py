@@ -24,14 +24,14 @@ from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.backbone import Backbone
 from mmea_calc.config import AdapterConfig, TrainConfig
-from mmea_calc.data import read_dataset, split
-from mmea_calc.dataset import Dataset, Labelled
+from mmea_calc.data.dataset import Dataset, Labelled
+from mmea_calc.data.reading import read_dataset, split
 from mmea_calc.errors import AdapterError, AdapterFileError, DataError, TrainingError
 from mmea_calc.files import alone_in
-from mmea_calc.finetuning import finetune
 from mmea_calc.loss import batch_loss, collect_labels
 from mmea_calc.potential import Potential
-from mmea_calc.trainer import ProgressEvent, Samples, measure
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.trainer import ProgressEvent, Samples, measure
 
 SMALL = AdapterConfig(gate_rank=4, low_rank=4)
 QUICK = TrainConfig(

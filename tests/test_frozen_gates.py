@@ -10,8 +10,8 @@ from torch import Tensor
 
 from conftest import batch_of, ethanol
 from mmea_calc._e3nn import o3
-from mmea_calc.arrangement import Stage, arrange, arranged
-from mmea_calc.frozen_gates import FrozenGate
+from mmea_calc.fast.arrangement import Stage, arrange, arranged
+from mmea_calc.fast.frozen_gates import FrozenGate
 from mmea_calc.gates import MagnitudeGate
 
 # e3nn 0.4 scripts its layers when they are built outside of mmea; torch finds fault with its annotations.

@@ -11,10 +11,10 @@ from test_compiled import adapted, assert_the_same
 from waiting import Watching
 
 from conftest import batch_of, crystal, ethanol
-from mmea_calc.arrangement import arrange_elements
-from mmea_calc.full_table import FullTable, width_of
+from mmea_calc.fast.arrangement import arrange_elements
+from mmea_calc.fast.full_table import FullTable, width_of
+from mmea_calc.fast.tracing import Inputs, contraction_forms, evaluator
 from mmea_calc.graph import Batch
-from mmea_calc.tracing import Inputs, contraction_forms, evaluator
 
 R_MAX, SKIN, SPARE = 4.0, 1.0, 3
 

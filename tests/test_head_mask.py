@@ -11,8 +11,8 @@ from architectures import ARCHITECTURES, borrowed
 from torch import nn
 
 from conftest import batch_of, crystal, ethanol, random_network
-from mmea_calc.arrangement import Stage, arrange, arranged
-from mmea_calc.head_mask import HeadedReadout, remove_head_masks, use_head_masks
+from mmea_calc.fast.arrangement import Stage, arrange, arranged
+from mmea_calc.fast.head_mask import HeadedReadout, remove_head_masks, use_head_masks
 from mmea_calc.mace_bridge import headed_readouts, quiet
 
 

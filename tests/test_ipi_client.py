@@ -30,10 +30,10 @@ from test_ipi_protocol import init, posdata, word
 from typer.testing import CliRunner
 
 from conftest import crystal, ethanol
-from mmea_calc import ipi_client
 from mmea_calc.errors import DataError, EngineError
-from mmea_calc.ipi_client import Address, Served, serve, tcp, unix
-from mmea_calc.ipi_protocol import Session
+from mmea_calc.ipi import client as ipi_client
+from mmea_calc.ipi.client import Address, Served, serve, tcp, unix
+from mmea_calc.ipi.protocol import Session
 from mmea_cli.main import app
 
 SECONDS = 30.0  # after which a test that hangs fails

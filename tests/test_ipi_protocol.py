@@ -9,7 +9,7 @@ import pytest
 from ase import units
 
 from mmea_calc.errors import EngineError
-from mmea_calc.ipi_protocol import LARGEST_BATCH, LONGEST_INIT, Answer, Session
+from mmea_calc.ipi.protocol import LARGEST_BATCH, LONGEST_INIT, Answer, Session
 
 # Rows are lattice vectors, A; no two entries alike, so that a transposition shows.
 CELL = np.array([[10.0, 0.5, 0.25], [1.0, 11.0, 0.75], [2.0, 3.0, 12.0]])

@@ -31,7 +31,7 @@ from mmea_calc import AdapterConfig
 from mmea_calc.adapter_file import AdapterFile
 from mmea_calc.backbone import Backbone
 from mmea_calc.errors import AdapterFileError, BackboneError, EngineError
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast.switch import use_fast_path
 from mmea_calc.lammps import MLIAPPotential, export_mliap, read_mliap
 from mmea_calc.lammps.export import FORMAT, restore
 from mmea_cli.main import app

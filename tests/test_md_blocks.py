@@ -19,13 +19,13 @@ from waiting import Nothing, watched_recording
 from conftest import batch_of, crystal, ethanol, random_network, randomise, run, small_backbone_around
 from mmea_calc.adapted import attach
 from mmea_calc.config import AdapterConfig, MDConfig
-from mmea_calc.full_table import WIDTHS, width_of
+from mmea_calc.fast.full_table import WIDTHS, width_of
+from mmea_calc.fast.recorded import Recording
 from mmea_calc.md.blocks import LONGEST, Blocks, pays_off
 from mmea_calc.md.integrators import BAOAB
 from mmea_calc.md.simulation import GATES_EVERY, Simulation
 from mmea_calc.md.trajectory import OBSERVABLES
 from mmea_calc.potential import Potential
-from mmea_calc.recorded import Recording
 
 SETTINGS: dict[str, Any] = dict(
     temperatures_K=(300.0, 1200.0), stats_every=8, traj_every=8, drift_every=0, max_force_eV_per_A=1e9, time_ps=1.0,

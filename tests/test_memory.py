@@ -19,7 +19,8 @@ pytestmark = [
 CALLS = """
 import resource
 import torch
-from mmea_calc import machine_code, memory
+from mmea_calc.fast import machine_code
+from mmea_calc.fast import memory
 
 def pages(n_blocks, megabytes):
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -58,7 +59,7 @@ def test_a_process_that_keeps_all_it_frees_clears_no_page_twice() -> None:
 
 
 def test_importing_the_package_keeps_nothing() -> None:
-    (before,) = printed("import mmea_calc.calculator, mmea_calc.finetuning; print(in_later_calls(4, 60))")
+    (before,) = printed("import mmea_calc.calculator, mmea_calc.training.finetuning; print(in_later_calls(4, 60))")
     assert before > 30_000
 
 
@@ -80,7 +81,7 @@ print(in_later_calls(4, 60))
 
 
 def test_where_the_library_is_another_one_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmea_calc import memory
+    from mmea_calc.fast import memory
 
     def none_there(name: object) -> object:
         raise OSError("no such library")

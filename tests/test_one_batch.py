@@ -22,18 +22,18 @@ from conftest import crystal, ethanol, network_config, random_network, randomise
 from mmea_calc import finetune, read_adapter
 from mmea_calc.adapted import attach, attached
 from mmea_calc.backbone import Backbone, save_backbone
-from mmea_calc.compiled_training import difference
 from mmea_calc.config import AdapterConfig, TrainConfig
-from mmea_calc.dataset import Labelled
+from mmea_calc.data.dataset import Labelled
 from mmea_calc.errors import TrainingError
-from mmea_calc.fast_path import remove_fast_path, use_fast_path
-from mmea_calc.finetuning import finetuning
+from mmea_calc.fast.switch import remove_fast_path, use_fast_path
 from mmea_calc.loss import Loss, LossWeights, collect_labels
 from mmea_calc.methods import METHODS
-from mmea_calc.one_batch import OneBatch
 from mmea_calc.potential import Potential
-from mmea_calc.steps import Gradients, Step, Training
-from mmea_calc.sweep import Point, committee, train_all
+from mmea_calc.training.compiled_training import difference
+from mmea_calc.training.finetuning import finetuning
+from mmea_calc.training.one_batch import OneBatch
+from mmea_calc.training.steps import Gradients, Step, Training
+from mmea_calc.training.sweep import Point, committee, train_all
 
 CONFIG = TrainConfig(huber_delta=0.3)
 BATCHES: tuple[tuple[Atoms, ...], ...] = (
@@ -200,7 +200,8 @@ def test_a_wrong_gradient_is_found_out_and_members_go_on_alone(
 def test_a_layer_that_mixes_rows_is_found_out(four: list[Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [step_of(b, AdapterConfig("elora", low_rank=2), k) for k, b in enumerate(four[1:])]
     monkeypatch.setattr(
-        "mmea_calc.one_batch.adapted_layers", lambda adapter: {"interactions.0.conv_tp_weights.layer0": "atoms"}
+        "mmea_calc.training.one_batch.adapted_layers",
+        lambda adapter: {"interactions.0.conv_tp_weights.layer0": "atoms"},
     )
     with pytest.warns(UserWarning, match=r"conv_tp_weights.layer0 takes an input of shape .*, expected \d+ rows"):
         found = OneBatch(Potential(four[0])).run([training(step) for step in steps])

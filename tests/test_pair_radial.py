@@ -9,12 +9,12 @@ from ase.build import bulk
 from test_compiled import inputs_of
 
 from conftest import batch_of, crystal, ethanol, random_network
-from mmea_calc.arrangement import Incidence, arrange, arrange_pairs
-from mmea_calc.fast_path import use_fast_path
+from mmea_calc.fast.arrangement import Incidence, arrange, arrange_pairs
+from mmea_calc.fast.pair_radial import remove_pair_radial
+from mmea_calc.fast.switch import use_fast_path
+from mmea_calc.fast.tracing import evaluator
 from mmea_calc.graph import Batch
 from mmea_calc.mace_bridge import radial_networks
-from mmea_calc.pair_radial import remove_pair_radial
-from mmea_calc.tracing import evaluator
 
 
 def batches() -> dict[str, Batch]:

@@ -12,10 +12,10 @@ from ase import Atoms
 from ase.build import bulk
 from torch import Tensor
 
-from mmea_calc import pairs_on_device
 from mmea_calc.errors import DataError
+from mmea_calc.fast import pairs_on_device
+from mmea_calc.fast.pairs_on_device import pairs_within
 from mmea_calc.md.neighbours import _pairs_within
-from mmea_calc.pairs_on_device import pairs_within
 
 CUTOFF = 4.0  # A
 System = Callable[[np.random.Generator], Atoms]

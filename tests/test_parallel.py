@@ -17,16 +17,16 @@ from conftest import randomise
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.config import TrainConfig
-from mmea_calc.data import read_dataset
-from mmea_calc.dataset import Dataset
+from mmea_calc.data.dataset import Dataset
+from mmea_calc.data.preparing import prepare
+from mmea_calc.data.reading import read_dataset
 from mmea_calc.errors import TrainingError
-from mmea_calc.finetuning import finetune
-from mmea_calc.parallel import check_agreement
 from mmea_calc.potential import Potential
-from mmea_calc.preparing import prepare
-from mmea_calc.samples import Samples
-from mmea_calc.team import SOLO, Team, own_device
-from mmea_calc.trainer import ProgressEvent, Trainer
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.parallel import check_agreement
+from mmea_calc.training.samples import Samples
+from mmea_calc.training.team import SOLO, Team, own_device
+from mmea_calc.training.trainer import ProgressEvent, Trainer
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 # Shares of unlike sizes, with unlike labels (structures 0 to 2 lack energies, 3 and 4 forces), and of none at all.

@@ -17,7 +17,7 @@ from ase import Atoms
 from conftest import batch_of, network_config, run
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.config import AdapterConfig
-from mmea_calc.contraction import remove_table_contraction, use_table_contraction
+from mmea_calc.fast.contraction import remove_table_contraction, use_table_contraction
 from mmea_calc.mace_bridge import build_network
 
 FILE = Path(__file__).parent / "data" / "mmea_parity.npz"

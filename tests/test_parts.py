@@ -12,9 +12,9 @@ from ase import Atoms
 from ase.build import molecule
 
 from conftest import batch_of, crystal, ethanol
-from mmea_calc.arrangement import Arrangement, arrange
+from mmea_calc.fast.arrangement import Arrangement, arrange
+from mmea_calc.fast.parts import Parts, divide
 from mmea_calc.graph import Batch
-from mmea_calc.parts import Parts, divide
 
 SIZES = (len(ethanol()), len(crystal()), 8, 9)
 

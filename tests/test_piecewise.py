@@ -12,10 +12,10 @@ from architectures import ARCHITECTURES, borrowed
 from conftest import batch_of, ethanol, random_network
 from mmea_calc._e3nn import o3
 from mmea_calc.adapted import attach
-from mmea_calc.arrangement import Stage, arrange, arranged
 from mmea_calc.config import AdapterConfig
+from mmea_calc.fast.arrangement import Stage, arrange, arranged
+from mmea_calc.fast.piecewise import LinearByPiece, ReshapeByPiece, remove_pieces, use_pieces
 from mmea_calc.mace_bridge import quiet, reshapes
-from mmea_calc.piecewise import LinearByPiece, ReshapeByPiece, remove_pieces, use_pieces
 
 
 def now() -> Stage:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from conftest import batch_of, crystal, ethanol, random_network
-from mmea_calc.arrangement import arrange
-from mmea_calc.contraction import TableContraction
+from mmea_calc.fast.arrangement import arrange
+from mmea_calc.fast.contraction import TableContraction
+from mmea_calc.fast.polynomials import Evaluate, OfAtoms, Term
 from mmea_calc.mace_bridge import symmetric_contractions
-from mmea_calc.polynomials import Evaluate, OfAtoms, Term
 
 # Of every degree from 0 to 4, with factors that occur once, twice and three times; the third has no terms.
 TERMS: list[Term] = [

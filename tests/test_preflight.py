@@ -14,11 +14,11 @@ import pytest
 from ase import Atoms, units
 from ase.build import bulk, molecule
 
-from mmea_calc.data import Dataset, Labelled, read_dataset
+from mmea_calc.data.preflight import PreflightReport, preflight, robust_scores
+from mmea_calc.data.reading import Dataset, Labelled, read_dataset
+from mmea_calc.data.unit_checks import all_electron_energy, bond_stiffness, unit_warnings
 from mmea_calc.errors import DataError
 from mmea_calc.neighbours import neighbours
-from mmea_calc.preflight import PreflightReport, preflight, robust_scores
-from mmea_calc.unit_checks import all_electron_energy, bond_stiffness, unit_warnings
 
 ASPIRIN = Path(__file__).parents[1] / "examples" / "data" / "aspirin"
 HCNO = (1, 6, 7, 8)

@@ -17,17 +17,16 @@ from test_cli import mmea
 from test_finetuning import QUICK, SMALL, labelled, tiny_backbone
 
 from conftest import crystal, ethanol
-from mmea_calc import prepared as prepared_module
 from mmea_calc.adapter_file import read_adapter
-from mmea_calc.data import read_dataset, split
-from mmea_calc.dataset import Labelled
+from mmea_calc.data import prepared as prepared_module
+from mmea_calc.data.dataset import LabelCounts, Labelled
+from mmea_calc.data.preflight import preflight
+from mmea_calc.data.prepared import open_dataset, open_prepared
+from mmea_calc.data.preparing import prepare, writing
+from mmea_calc.data.reading import read_dataset, split
 from mmea_calc.errors import DataError
-from mmea_calc.finetuning import finetune
 from mmea_calc.graph import build_graph
-from mmea_calc.loss import LabelCounts
-from mmea_calc.preflight import preflight
-from mmea_calc.prepared import open_dataset, open_prepared
-from mmea_calc.preparing import prepare, writing
+from mmea_calc.training.finetuning import finetune
 
 
 def mixed(tmp_path: Path) -> list[Path]:
@@ -221,7 +220,7 @@ def test_keys_are_chosen_and_mixtures_told_as_for_data_in_memory(tmp_path: Path)
 
 
 def test_structures_are_written_by_the_thousand_and_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmea_calc.preparing._TOGETHER", 4)
+    monkeypatch.setattr("mmea_calc.data.preparing._TOGETHER", 4)
     frames = labelled(11)
     write(tmp_path / "train.xyz", frames, format="extxyz")
     data = prepare([tmp_path / "train.xyz"], tmp_path / "train.h5", r_max=4.0)

@@ -21,11 +21,12 @@ from test_md_blocks import carbon, potential
 from waiting import Nothing, watched_recording
 
 from conftest import crystal, ethanol
-from mmea_calc import MMEACalculator, recorded
+from mmea_calc import MMEACalculator
 from mmea_calc.errors import DataError
+from mmea_calc.fast import recorded
+from mmea_calc.fast.recorded import Recording
 from mmea_calc.graph import Batch, Found
 from mmea_calc.potential import Potential, Prediction
-from mmea_calc.recorded import Recording
 from mmea_calc.recorded_call import RecordedCall
 
 STRUCTURES = {"molecule": ethanol, "crystal": crystal, "list": carbon}

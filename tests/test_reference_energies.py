@@ -12,9 +12,9 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from mmea_calc.data import Dataset, Labelled, read_dataset
+from mmea_calc.data.reading import Dataset, Labelled, read_dataset
+from mmea_calc.data.reference_energies import resolve_reference_energies
 from mmea_calc.errors import DataError
-from mmea_calc.reference_energies import resolve_reference_energies
 
 ASPIRIN = Path(__file__).parents[1] / "examples" / "data" / "aspirin"
 # PBE/def2-SVP, from the shipped isolated atoms; N from the same calculation.

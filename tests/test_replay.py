@@ -12,16 +12,16 @@ import torch
 from test_finetuning import QUICK, SMALL, dataset, log_without_times, tiny_backbone
 
 from conftest import ELEMENTS
-from mmea_calc import replay as module
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.errors import TrainingError
-from mmea_calc.finetuning import finetune
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.choose import composition, compositions_left_out
 from mmea_calc.pretrain.dataset import read_arrays, spans
-from mmea_calc.replay import Replay, replay_structures
-from mmea_calc.trainer import ProgressEvent
+from mmea_calc.training import replay as module
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.replay import Replay, replay_structures
+from mmea_calc.training.trainer import ProgressEvent
 
 PBE = Path(__file__).resolve().parents[1] / "data" / "pbe"
 

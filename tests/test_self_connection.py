@@ -11,9 +11,9 @@ from architectures import ARCHITECTURES, borrowed
 from ase import Atoms
 
 from conftest import batch_of, crystal, ethanol, random_network
-from mmea_calc.arrangement import Stage, arrange, arranged
+from mmea_calc.fast.arrangement import Stage, arrange, arranged
+from mmea_calc.fast.self_connection import SelfConnection, remove_self_connections, use_self_connections
 from mmea_calc.mace_bridge import interaction_blocks, quiet
-from mmea_calc.self_connection import SelfConnection, remove_self_connections, use_self_connections
 
 STRUCTURES = {
     "three elements": (ethanol(), crystal()),

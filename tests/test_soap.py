@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from waiting import Nothing, watched_recording
 
-from mmea_calc import soap
 from mmea_calc.adapted import attach
 from mmea_calc.backbone import load_backbone
 from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.errors import TrainingError
-from mmea_calc.optimiser import Optimiser
-from mmea_calc.recorded import Recording
-from mmea_calc.soap import FREQUENCY, SOAP
+from mmea_calc.fast.recorded import Recording
+from mmea_calc.training import soap
+from mmea_calc.training.optimiser import Optimiser
+from mmea_calc.training.soap import FREQUENCY, SOAP
 from mmea_calc.updates import ParameterGroup
 
 # Squares, wide and high matrices, more axes, vectors, and two that a stack shares.
@@ -286,7 +286,7 @@ def assert_same(optimisers: list[Optimiser], parameters: list[list[nn.Parameter]
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """What waits for the device in each recorded step; to make a recording is to take a step, as on a GPU."""
     watched, found = watched_recording()
-    monkeypatch.setattr("mmea_calc.recorded_change.Recording", watched)
+    monkeypatch.setattr("mmea_calc.fast.recorded_change.Recording", watched)
     return found
 
 
@@ -310,7 +310,7 @@ def test_a_recorded_step_is_seen_by_those_who_keep_what_they_made_of_a_value(mon
             with torch.autograd._unsafe_preserve_version_counter(tuple(parameters[1])):
                 super().__call__()
 
-    monkeypatch.setattr("mmea_calc.recorded_change.Recording", Uncounted)
+    monkeypatch.setattr("mmea_calc.fast.recorded_change.Recording", Uncounted)
     for step in range(7):
         before = [p._version for p in parameters[1]]
         step_all(optimisers, parameters, step)
@@ -350,7 +350,7 @@ def test_steps_are_recorded_anew_when_other_tensors_take_part(recordings: list[s
 
 
 def test_a_recording_that_does_nothing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmea_calc.recorded_change.Recording", Nothing)
+    monkeypatch.setattr("mmea_calc.fast.recorded_change.Recording", Nothing)
     optimisers, parameters = pair_of()
     for step in range(3):
         step_all(optimisers, parameters, step)
@@ -365,7 +365,7 @@ def test_what_cannot_be_recorded_changes_nothing_and_is_told_once(monkeypatch: p
         function()
         raise RuntimeError("out of memory\nmore")
 
-    monkeypatch.setattr("mmea_calc.recorded_change.Recording", refuse)
+    monkeypatch.setattr("mmea_calc.fast.recorded_change.Recording", refuse)
     optimisers, parameters = pair_of()
     for step in range(3):
         step_all(optimisers, parameters, step)

@@ -19,12 +19,12 @@ from mmea_calc.adapted import Adapter, attach
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.config import AdapterConfig, TrainConfig
 from mmea_calc.errors import AdapterError, TrainingError
-from mmea_calc.finetuning import finetune
-from mmea_calc.optimiser import Optimiser
 from mmea_calc.potential import Potential
-from mmea_calc.recipes import RECIPES, recipe_for
 from mmea_calc.sparsity import sparsity
-from mmea_calc.trainer import ProgressEvent
+from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.optimiser import Optimiser
+from mmea_calc.training.recipes import RECIPES, recipe_for
+from mmea_calc.training.trainer import ProgressEvent
 from mmea_calc.updates import ParameterGroup, SoftThreshold
 
 F64 = torch.float64

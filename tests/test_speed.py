@@ -20,8 +20,8 @@ from mmea_calc.benchmark.speed_memory import free_memory, peak_memory
 from mmea_calc.benchmark.speed_setup import SpeedConfig, aspirin, mace_calculator, open_backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import TrainConfig
-from mmea_calc.dataset import Dataset
-from mmea_calc.finetuning import FinetuneResult, finetune
+from mmea_calc.data.dataset import Dataset
+from mmea_calc.training.finetuning import FinetuneResult, finetune
 from mmea_cli.main import app
 
 

@@ -17,9 +17,9 @@ from conftest import ROOT
 from mmea_calc import MMEACalculator
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.config import AdapterConfig, TrainConfig
-from mmea_calc.data import read_dataset
+from mmea_calc.data.reading import read_dataset
 from mmea_calc.errors import AdapterError, TrainingError
-from mmea_calc.sweep import Outcome, Point, committee, grid, ranked, train_all, train_point
+from mmea_calc.training.sweep import Outcome, Point, committee, grid, ranked, train_all, train_point
 
 DATA = ROOT / "examples" / "data" / "aspirin"
 TINY = AdapterConfig(method="gates", gate_rank=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmea_calc.tensor_state import Watched, same_state, state_of
+from mmea_calc.fast.tensor_state import Watched, same_state, state_of
 
 
 class _Network(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from mmea_calc.errors import DataError
-from mmea_calc.team import Team, joined
+from mmea_calc.training.team import Team, joined
 
 
 def train(folder: Path) -> None:
@@ -20,9 +20,9 @@ def train(folder: Path) -> None:
     from test_finetuning import QUICK, SMALL, tiny_backbone
     from test_parallel import BATCHES, SHORT, STEADY, trainer
 
-    from mmea_calc.data import read_dataset
-    from mmea_calc.finetuning import finetune
-    from mmea_calc.prepared import open_prepared
+    from mmea_calc.data.prepared import open_prepared
+    from mmea_calc.data.reading import read_dataset
+    from mmea_calc.training.finetuning import finetune
 
     torch.set_num_threads(1)
     data, valid = (read_dataset(folder / name) for name in ("train.xyz", "valid.xyz"))

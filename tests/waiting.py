@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmea_calc.recorded import Recording
+from mmea_calc.fast.recorded import Recording
 
 
 class Watching(TorchDispatchMode):

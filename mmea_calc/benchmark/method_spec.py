@@ -9,8 +9,8 @@ from typing import Any
 from ..config import AdapterConfig, BenchmarkConfig, TrainConfig, fields_of, setting_types
 from ..errors import AdapterError
 from ..methods import method_named, unused_settings
-from ..recipes import RECIPES, recipe_for
 from ..setting_values import from_text
+from ..training.recipes import RECIPES, recipe_for
 
 # Given by the benchmark itself, for all methods alike.
 _RESERVED = ("method", "seed", "device", "valid_fraction")

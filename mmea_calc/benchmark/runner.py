@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..auto import AUTO
 from ..backbone import Backbone, load_backbone
 from ..config import BenchmarkConfig, Precision
+from ..data.preflight import PreflightReport, preflight
 from ..errors import TrainingError
-from ..preflight import PreflightReport, preflight
-from ..trainer import ProgressEvent
+from ..training.auto import AUTO
+from ..training.trainer import ProgressEvent
 from .cells import Cell, CellResult
 from .method_spec import parse_methods
 from .results_folder import CELLS, check_settings, keep_settings, shared_settings, valid_fraction

@@ -23,15 +23,15 @@ from torch import Tensor
 from ..adapted import attach
 from ..adapter_file import read_adapter
 from ..calculator import MMEACalculator
-from ..compiled_training import CompiledGradient, Gradients
 from ..config import AdapterConfig, MDConfig, TrainConfig
-from ..dataset import Labelled
+from ..data.dataset import Labelled
 from ..errors import BackboneError, CompilationError
 from ..graph import Batch
 from ..loss import Labels, Loss, LossWeights, collect_labels, loss_of
 from ..md.simulation import Simulation
-from ..optimiser import Optimiser
 from ..potential import Potential
+from ..training.compiled_training import CompiledGradient, Gradients
+from ..training.optimiser import Optimiser
 from .speed_finetune import STRUCTURES, time_finetuning
 from .speed_memory import free_memory, peak_memory
 from .speed_setup import SpeedConfig, aspirin, diamond, mace_calculator, open_backbone, random_adapter

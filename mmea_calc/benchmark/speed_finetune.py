@@ -15,8 +15,8 @@ from ase.io import write
 from ..backbone import Backbone
 from ..calculator import MMEACalculator
 from ..config import TrainConfig
-from ..data import read_dataset
-from ..finetuning import finetune
+from ..data.reading import read_dataset
+from ..training.finetuning import finetune
 from .speed_setup import SpeedConfig, aspirin, open_backbone
 
 STRUCTURES = 50

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..data import read_dataset
-from ..dataset import Dataset, split
+from ..data.dataset import Dataset, split
+from ..data.reading import read_dataset
 from ..errors import DataError
 
 Measure = Literal["mae", "rmse"]

@@ -13,14 +13,14 @@ import torch
 from ..adapter_file import read_adapter
 from ..backbone import Backbone
 from ..config import BenchmarkConfig, to_dict
-from ..dataset import Dataset
+from ..data.dataset import Dataset
+from ..data.preflight import PreflightReport
 from ..errors import CheckpointError, MMEAError
 from ..evaluation import evaluate
-from ..finetuning import finetune
 from ..potential import Potential
-from ..preflight import PreflightReport
-from ..run_folder import versions
-from ..trainer import Progress
+from ..training.finetuning import finetune
+from ..training.run_folder import versions
+from ..training.trainer import Progress
 from .cells import Cell, CellResult, Measured, SetErrors, write_result
 from .results_folder import reference_energies_of
 from .tasks import VALID, Task

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ..dataset import Dataset, Labelled
+from ..data.dataset import Dataset, Labelled
 from ..errors import DataError
 from ..graph import check_elements
 from ..potential import Potential

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ase import Atoms
 
 from ..config import CheckConfig
-from ..dataset import Dataset
+from ..data.dataset import Dataset
 from ..errors import DynamicsError
 from ..graph import check_elements
 from ..md.simulation import check_equivariant, check_settings, check_starts

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..compiled import TOLERANCE
 from ..errors import first_line
-from ..fixed_network import FixedNetwork
-from ..full_table import MOST_EDGES, WIDTHS, FullTable, width_of
-from ..recorded import Recording
-from ..tensor_state import State as Values
-from ..tensor_state import same_state
+from ..fast.compiled import TOLERANCE
+from ..fast.fixed_network import FixedNetwork
+from ..fast.full_table import MOST_EDGES, WIDTHS, FullTable, width_of
+from ..fast.recorded import Recording
+from ..fast.tensor_state import State as Values
+from ..fast.tensor_state import same_state
 from .integrators import BAOAB, Integrator
 from .neighbours import Pairs
 from .state import State, where

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..fast.parts import Parts
 from ..graph import Batch
-from ..parts import Parts
 from ..potential import Potential, Prediction
 from .neighbours import SKIN, Neighbours, Pairs
 from .state import Layout

@@ -19,9 +19,9 @@ from ase import Atoms
 from ase.data import covalent_radii
 from torch import Tensor
 
+from ..fast.pairs_on_device import pairs_within
 from ..graph import FloatArray, IntArray, build_graph
 from ..neighbours import periodic_cell
-from ..pairs_on_device import pairs_within
 from .state import Layout
 
 # Up to this many atoms all pairs are cheaper than a list.

@@ -31,7 +31,7 @@ from ..config import MDConfig, to_dict
 from ..errors import DynamicsError
 from ..files import alone_in
 from ..potential import Potential
-from ..run_folder import is_training
+from ..training.run_folder import is_training
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint, write_whole
 from .minimise import minimise
 from .simulation import Simulation, check_equivariant

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MMEAError
-from ..memory import keep_freed_memory
+from ..fast.memory import keep_freed_memory
 
 _SWITCHES = {
     "compile": "compile the training steps first",

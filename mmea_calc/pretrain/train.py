@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from ..adapted import attach
 from ..backbone import Backbone, load_backbone, save_backbone
-from ..compiled_training import CompiledGradient, Gradients
 from ..config import AdapterConfig, TrainConfig, fields_of
 from ..errors import TrainingError
 from ..files import replacing, write_text
 from ..loss import Loss, LossWeights, loss_of
 from ..mace_bridge import build_network
-from ..optimiser import Optimiser
 from ..potential import Potential
-from ..trainer import hash_of
+from ..training.compiled_training import CompiledGradient, Gradients
+from ..training.optimiser import Optimiser
+from ..training.trainer import hash_of
 from .dataset import PackedSet, read_e0, read_level
 
 ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)

@@ -1,0 +1,1 @@
+"""A force engine for i-PI: `client.serve` over the connections, `protocol` as bytes in, bytes out."""

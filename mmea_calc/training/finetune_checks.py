@@ -1,0 +1,47 @@
+"""What can be said against a training before it begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..adapter_file import is_adapter
+from ..config import TrainConfig
+from ..errors import TrainingError
+from .optimiser import check_optimiser
+from .team import Team
+
+
+def check_settings(training: TrainConfig, team: Team) -> None:
+    """Raise a TrainingError for settings that cannot be, or do not go together."""
+    if training.batch_size < team.size:
+        raise TrainingError(
+            f"a batch of {training.batch_size} structures leaves some of {team.size} processes without work: give "
+            f"--batch-size at least {team.size}, or start fewer processes"
+        )
+    least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "seed": 0, "lr": 1e-12, "clip_norm": 1e-12}
+    for name, least in least_of.items():
+        value = getattr(training, name)
+        if value is not None and value < least:
+            raise TrainingError(f"{name} must be at least {least}, got {value}")
+    if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
+        raise TrainingError("the weights of the loss must not be negative")
+    if not 0 <= training.ema_decay < 1:
+        raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
+    check_optimiser(training)
+
+
+def check_writable(output: Path, run_dir: Path) -> None:
+    """Raise a TrainingError where the results could not be written: better known now than after an hour."""
+    if output.is_dir():
+        raise TrainingError(f"{output} is a folder; expected the name of an adapter file to write")
+    if output.exists() and not is_adapter(output):
+        raise TrainingError(f"{output} is there and no adapter: choose another name to write to")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise TrainingError(f"{run_dir} is a file; expected the name of a run folder")
+    if (run_dir / "trajectory.h5").exists():
+        raise TrainingError(f"{run_dir} is the folder of a run of dynamics; choose another name with --output")
+    for target in (output.parent, run_dir):
+        existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+        if not os.access(existing, os.W_OK):
+            raise TrainingError(f"{existing} cannot be written to: choose another place with --output")
