@@ -31,6 +31,7 @@ from .inspect import inspect
 from .machine import use_threads
 from .md import md
 from .prepare import prepare
+from .pretrain import app as pretrain_app
 from .serve import serve
 from .several import any_word, is_number, is_setting, several_values
 
@@ -71,6 +72,7 @@ app.command(cls=several_values({"--methods": any_word, "--seeds": is_number}))(c
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(export_app, name="export")
+app.add_typer(pretrain_app, name="pretrain")
 
 
 def _print_version(wanted: bool) -> None:

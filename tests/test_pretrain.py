@@ -17,12 +17,12 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 from ase.formula import Formula
+from commands import mmea
 
 from mmea_calc.backbone import BACKBONE_FOLDER, Backbone, load_backbone, save_backbone
 from mmea_calc.errors import BackboneError, DataError, MMEAError, TrainingError
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain import choose, label, walls
-from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.average import average
 from mmea_calc.pretrain.choose import interleaved, ordered
 from mmea_calc.pretrain.dataset import PackedSet, read_arrays, read_e0
@@ -86,16 +86,15 @@ def test_the_file_gives_the_errors_that_the_run_has_told(whole_run: Path, few: P
     assert 1e3 * float((found.forces - labels.forces).abs().mean()) == pytest.approx(told, rel=1e-4)
 
 
-def test_the_mean_of_two_stages_is_that_of_their_weights(
-    few: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_mean_of_two_stages_is_that_of_their_weights(few: Path, whole_run: Path, tmp_path: Path) -> None:
     second = pretrain(data=few, out=tmp_path, name="second", start=whole_run, settings=SHORT)
     out = tmp_path / "mean.safetensors"
-    assert main(["average", str(whole_run), str(second), "--out", str(out)]) == 0
+    result = mmea("pretrain", "average", whole_run, second, "--out", out)
+    assert result.exit_code == 0, result.output
     one, other, mean = (dict(load_backbone(p).network.named_parameters()) for p in (whole_run, second, out))
     assert all(torch.equal(tensor, (one[name] + other[name]) / 2) for name, tensor in mean.items())
     assert not all(torch.equal(tensor, one[name]) for name, tensor in mean.items())
-    assert load_backbone(out).fingerprint == capsys.readouterr().out.strip()
+    assert load_backbone(out).fingerprint == result.stdout.strip()
     xtb = BACKBONE_FOLDER / "mmea-organic-s2-xtb.safetensors"
     for wrong, words in (([whole_run], "two backbones or more"), ([xtb, whole_run], "not stages of one network")):
         with pytest.raises(BackboneError, match=words):
@@ -206,8 +205,8 @@ def test_walls_of_all_pairs_stand_on_the_atoms_of_the_better_level(tmp_path: Pat
     cheap = tmp_path / "cheap"
     cheap.mkdir()
     (cheap / "e0.json").write_text(json.dumps({str(z): -3.5 for z in ELEMENTS}), encoding="utf-8")
-    words = ["walls", "--data", str(PBE), "--cheap", str(cheap), "--out", str(tmp_path / "walls.npz")]
-    assert main(words) == 0
+    result = mmea("pretrain", "walls", "--data", PBE, "--cheap", cheap, "--out", tmp_path / "walls.npz")
+    assert result.exit_code == 0, result.output
     found, e0 = read_arrays([tmp_path / "walls.npz"]), read_e0(PBE)
     pairs = found["numbers"].reshape(-1, 2)
     assert len({tuple(p) for p in pairs.tolist()}) == 55
@@ -387,7 +386,7 @@ def test_damaged_or_missing_set_is_named(tmp_path: Path) -> None:
 # --- labels ---------------------------------------------------------------------------------------------------------
 
 
-def test_labels_without_pyscf_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+def test_labels_without_pyscf_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real: Callable[..., Any] = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:
@@ -398,8 +397,9 @@ def test_labels_without_pyscf_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MMEAError, match=r"mmea\[label\]"):
         label.energy_and_forces([1, 1], np.array([[0, 0, 0], [0, 0, 0.74]]))
-    assert main(["label", "--data", str(PBE), "--out", str(tmp_path / "raw")]) == 1
-    assert "pip install" in capsys.readouterr().err
+    result = mmea("pretrain", "label", "--data", PBE, "--out", tmp_path / "raw")
+    assert result.exit_code == 1
+    assert "pip install" in result.stderr
     assert not (tmp_path / "raw").exists()
 
 
@@ -423,15 +423,16 @@ def test_what_two_potentials_disagree_on_is_chosen_first() -> None:
 
 
 def test_choosing_gives_an_order_for_labels_and_leaves_benchmarks_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     arrays = read_arrays(sorted(PBE.glob("train-*.npz")))
     ends = np.cumsum(arrays["n_atoms"].astype(int))
     compositions = [tuple(sorted(part.tolist())) for part in np.split(arrays["numbers"], ends[:-1])]
     monkeypatch.setattr(choose, "LEFT_OUT", ("C2H6",))
-    words = ["choose", "--data", str(PBE), "--by", "mmea-organic-s", "mmea-organic-s-xtb", "--pool", "40"]
-    assert main([*words, "--out", str(tmp_path / "order.npz")]) == 0
-    assert "other elements too: 10 structures" in capsys.readouterr().out
+    words = ["pretrain", "choose", "--data", str(PBE), "--by", "mmea-organic-s", "mmea-organic-s-xtb", "--pool", "40"]
+    result = mmea(*words, "--out", tmp_path / "order.npz")
+    assert result.exit_code == 0, result.output
+    assert "other elements too: 10 structures" in result.stdout
     chosen = label.indices([tmp_path / "order.npz"])
     assert len(chosen) == len(set(chosen)) == 40
     counts = Counter(compositions[k] for k in chosen)
@@ -444,7 +445,7 @@ def test_choosing_gives_an_order_for_labels_and_leaves_benchmarks_out(
     )
     assert label.label(data=PBE, out=tmp_path / "raw", order=tmp_path / "order.npz", limit=5) == 5
     assert {int(file.stem) for file in (tmp_path / "raw").glob("*.npz")} == set(chosen[:5])
-    assert main([*words, "--out", str(tmp_path / "next.npz"), "--skip", str(tmp_path / "order.npz")]) == 0
+    assert mmea(*words, "--out", tmp_path / "next.npz", "--skip", tmp_path / "order.npz").exit_code == 0
     assert set(chosen).isdisjoint(label.indices([tmp_path / "next.npz"]))
     np.savez(tmp_path / "wrong.npz", index=[10**6])
     with pytest.raises(DataError, match="number 1000000"):
@@ -453,9 +454,7 @@ def test_choosing_gives_an_order_for_labels_and_leaves_benchmarks_out(
         label.label(data=PBE, out=tmp_path / "raw", order=PBE / "e0.json")
 
 
-def test_labelling_is_resumable_and_packs_into_a_set(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labelling_is_resumable_and_packs_into_a_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a stand-in for the quantum chemistry: the bookkeeping is what is tested."""
     calls: list[int] = []
 
@@ -471,8 +470,9 @@ def test_labelling_is_resumable_and_packs_into_a_set(
     assert label.label(data=PBE, out=raw, limit=5) == 5
     assert len(list(raw.glob("*.npz"))) == 30
     (raw / "e0.json").write_bytes((PBE / "e0.json").read_bytes())
-    assert main(["pack", str(raw), "--out", str(tmp_path / "set"), "--valid-fraction", "0.3"]) == 0
-    assert "train-0" in capsys.readouterr().out
+    result = mmea("pretrain", "pack", raw, "--out", tmp_path / "set", "--valid-fraction", "0.3")
+    assert result.exit_code == 0, result.output
+    assert "train-0" in result.stdout
     e0, device = read_e0(tmp_path / "set"), torch.device("cpu")
     files = [tmp_path / "set" / name for name in ("train-0.npz", "valid.npz")]
     made = [PackedSet([file], e0=e0, elements=ELEMENTS, device=device) for file in files]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from commands import mmea
 
 from mmea_calc.backbone import load_backbone
 from mmea_calc.errors import DataError
 from mmea_calc.md import open_potential
-from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.dataset import read_arrays, read_e0
 from mmea_calc.pretrain.relabel import differences, relabel
 from mmea_calc.pretrain.train import PretrainConfig, pretrain
@@ -40,7 +40,8 @@ def cheap(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_differences_and_the_cheap_labels_add_up_to_the_better_ones(cheap: Path, tmp_path: Path) -> None:
-    assert main(["differences", "--data", str(PBE), "--cheap", str(cheap), "--out", str(tmp_path)]) == 0
+    result = mmea("pretrain", "differences", "--data", PBE, "--cheap", cheap, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
     found = read_arrays([tmp_path / "train-0.npz"])
     files = [np.load(file) for file in sorted(PBE.glob("train-*.npz"))]
     for key in ("energy", "forces"):
@@ -71,8 +72,8 @@ def test_a_set_is_relabelled_by_what_the_backbone_gives(cheap: Path, tmp_path: P
     cheap_energies = found["energy"] - energies.numpy()
     assert np.abs(cheap_energies[:, None] - lower["energy"][None]).min(1).max() < 1e-4
     true = read_arrays([tmp_path / "train-1.npz"])
-    assert len(true["n_atoms"]) == 3 * 3557
-    assert len(read_arrays([tmp_path / "valid.npz"])["n_atoms"]) == 347
+    assert len(true["n_atoms"]) == 3 * 4341
+    assert len(read_arrays([tmp_path / "valid.npz"])["n_atoms"]) == 427
     assert read_e0(tmp_path) == read_e0(PBE)
     assert (tmp_path / "level.txt").read_text() == (PBE / "level.txt").read_text()
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import mmea
 from test_finetuning import QUICK, SMALL, dataset, log_without_times, tiny_backbone
 
 from conftest import ELEMENTS
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.errors import TrainingError
 from mmea_calc.potential import Potential
-from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.choose import composition, compositions_left_out
 from mmea_calc.pretrain.dataset import read_arrays, spans
 from mmea_calc.training import replay as module
@@ -158,14 +158,16 @@ def test_the_shipped_pool_holds_no_isomer_of_a_benchmark_molecule() -> None:
     assert all(np.array_equal(a.numbers, n) for a, n in zip(shipped, kept, strict=False))
 
 
-def test_a_pool_is_made_of_whole_sets_and_some_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["pool", str(PBE / "valid-1.npz"), "--broad", str(PBE / "valid.npz"), "--out", str(tmp_path / "pool.npz")]
-    assert main([*words, "--number", "7"]) == 0
+def test_a_pool_is_made_of_whole_sets_and_some_of_another(tmp_path: Path) -> None:
+    sets = [PBE / "valid-1.npz", "--broad", PBE / "valid.npz"]
+    words = ["pretrain", "pool", *sets, "--out", tmp_path / "pool.npz"]
+    assert mmea(*words, "--number", 7).exit_code == 0
     with np.load(tmp_path / "pool.npz") as made:
         assert sorted(made) == ["n_atoms", "numbers", "positions"]
         assert len(made["n_atoms"]) == 17 + 7
         assert len(made["positions"]) == len(made["numbers"]) == made["n_atoms"].sum()
     (tmp_path / "pool.npz").unlink()
-    assert main([*words, "--number", "100"]) == 1
-    assert "valid.npz has 62 structures" in capsys.readouterr().err
+    result = mmea(*words, "--number", 100)
+    assert result.exit_code == 1
+    assert "valid.npz has 62 structures" in result.stderr
     assert not (tmp_path / "pool.npz").exists()

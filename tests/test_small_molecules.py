@@ -10,10 +10,10 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 from ase.data import covalent_radii
+from commands import mmea
 
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.pretrain import small
-from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.label import LARGEST_FORCE, draw, indices
 
 
@@ -84,10 +84,9 @@ def test_molecules_that_something_is_measured_by_are_not_for_labels(
     assert "CH3Cl" not in [Atoms(numbers).get_chemical_formula() for _, numbers, _ in for_labels]
 
 
-def test_without_tblite_it_is_told_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_tblite_it_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tblite.ase", None)
-    assert main(["small", "--out", str(tmp_path / "geometries")]) == 1
-    assert "mmea[label]" in capsys.readouterr().err
+    result = mmea("pretrain", "small", "--out", tmp_path / "geometries")
+    assert result.exit_code == 1
+    assert "mmea[label]" in result.stderr
     assert not (tmp_path / "geometries").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import molecule
+from commands import mmea
 from scipy.spatial.transform import Rotation
 
 from mmea_calc.check.paths import pairs as pairs_of
@@ -18,7 +19,6 @@ from mmea_calc.md import open_potential
 from mmea_calc.md.minimise import minimise
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain import references, sample, soundness
-from mmea_calc.pretrain.__main__ import main
 from mmea_calc.pretrain.choose import LEFT_OUT
 from mmea_calc.pretrain.label import draw, indices
 from mmea_calc.pretrain.references import DIHEDRALS, MOLECULES, SEPARATIONS, read_references, wavenumbers
@@ -145,7 +145,7 @@ def own_references(potential: Potential, names: tuple[str, ...]) -> dict[str, An
 
 
 def test_a_backbone_held_against_itself_has_no_errors(
-    potential: Potential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    potential: Potential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soundness, "MOLECULES", ("H2O", "HCN"))
     monkeypatch.setattr(soundness, "GAPS", np.array([2.0, 3.0, 4.0, 5.0]))
@@ -155,9 +155,10 @@ def test_a_backbone_held_against_itself_has_no_errors(
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"items": own_references(potential, ("H2O", "HCN"))}))
     out = tmp_path / "report" / "s"
-    command = ["report", "mmea-organic-s", "--data", str(PBE), "--references", str(file), "--out", str(out)]
-    assert main([*command, "--md-ps", "0.01", "--device", "cpu"]) == 0
-    assert "wavenumbers MAE (1/cm): " in capsys.readouterr().out
+    command = ["pretrain", "report", "mmea-organic-s", "--data", PBE, "--references", file, "--out", out]
+    result = mmea(*command, "--md-ps", 0.01, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "wavenumbers MAE (1/cm): " in result.stdout
     found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     figures = found["figures"]
     assert figures["wavenumbers MAE (1/cm)"] < 0.5
@@ -172,9 +173,10 @@ def test_a_backbone_held_against_itself_has_no_errors(
     assert out.with_suffix(".png").stat().st_size > 20_000
 
 
-def test_a_report_without_its_data_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "mmea-organic-s", "--data", str(tmp_path), "--out", str(tmp_path / "a")]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+def test_a_report_without_its_data_is_refused_in_one_line(tmp_path: Path) -> None:
+    result = mmea("pretrain", "report", "mmea-organic-s", "--data", tmp_path, "--out", tmp_path / "a")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("mmea: ")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
-"""The recipe of the embedded backbones: `python -m mmea_calc.pretrain {choose,label,pack,train}`.
+"""The recipe of the embedded backbones: `mmea pretrain recipe` from end to end, `mmea pretrain STEP` step by step.
 
-Two stages, each a `train`: first a broad set that is cheap to label (GFN2-xTB), then a few hundred small molecules at
-the level of theory that is wanted (PBE/def2-SVP). `choose`, `label` and `pack` make sets for the second one.
+Training has stages (`train`): a broad set that is cheap to label (GFN2-xTB) comes first, then a few thousand small
+molecules at the level of theory that is wanted (PBE/def2-SVP), with the broad set brought near that level in between
+(`relabel`). `choose`, `sample`, `small`, `label` and `pack` make sets; `report` tells what came of it.
 """

@@ -1,6 +1,6 @@
 """The molecules that fine-tuning replays (`training.replay`): geometries alone, since the backbone makes their labels.
 
-    python -m mmea_calc.pretrain pool data/pbe/train-*.npz --broad FOLDER/valid.npz --out replay_molecules.npz
+    mmea pretrain pool data/pbe/train-*.npz --broad FOLDER/valid.npz --out replay_molecules.npz
 
 takes all structures of the first sets and some of the last one, which has larger molecules, and leaves out isomers of
 the benchmark molecules, so that tables of what is forgotten remain fair.

@@ -1,6 +1,6 @@
 """What a backbone is held against beside forces: geometries, vibrations, a torsion, a hydrogen bond, at PBE/def2-SVP.
 
-    python -m mmea_calc.pretrain references --out data/pbe/references.json
+    mmea pretrain references --out data/pbe/references.json
 
 The level of theory is that of `label`; interaction energies carry its basis set superposition error, as labels do.
 """

@@ -1,6 +1,6 @@
 """Geometries that a broad set lacks: small molecules in motion, and pairs of them that touch.
 
-    python -m mmea_calc.pretrain sample --by mmea-organic-s2 --out geometries
+    mmea pretrain sample --by mmea-organic-s2 --out geometries
 
 writes a packed set that `label --data geometries --order geometries/order.npz --first-index 10000000` takes: frames of
 short Langevin dynamics with the potential itself.

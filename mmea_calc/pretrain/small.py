@@ -1,6 +1,6 @@
 """Geometries of very small molecules, whose labels cost seconds: hydrogen bonds and bonds that are rare.
 
-    python -m mmea_calc.pretrain small --out geometries
+    mmea pretrain small --out geometries
 
 writes a packed set as `sample` does. GFN2-xTB moves them, which knows both kinds better than a young backbone:
 

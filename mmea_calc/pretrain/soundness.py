@@ -1,6 +1,6 @@
 """What a backbone is like beside its errors of forces: walls, separation, torsion, hydrogen bond, vibrations, dynamics.
 
-    python -m mmea_calc.pretrain report mmea-organic-s3 --data data/pbe --out docs/backbones/mmea-organic-s3
+    mmea pretrain report mmea-organic-s3 --data data/pbe --out docs/backbones/mmea-organic-s3
 
 The references (`references`) are of the level of theory of data/pbe; for a backbone of another level they say nothing.
 """
