@@ -1,4 +1,4 @@
-"""From labelled structures to an adapter file: `finetuning.finetune`.
+"""From labelled structures to an adapter file: `finetune`, in `finetuning`.
 
 | step | modules |
 |---|---|
