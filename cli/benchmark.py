@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .cells import conclude, list_cells, settings, show_table, train_cells
-from .options import TRAINING, Backbone, Device, Epochs, Head, Methods, Recipe, Seeds, TrainingDtype
+from .options import TRAINING, Backbone, Compile, Device, Epochs, Head, Methods, Recipe, Seeds, TrainingDtype
 from .several import any_word, is_number, several_values
 from .speed import speed
 
@@ -42,6 +42,7 @@ def benchmark(
     ] = None,
     device: Device = None,
     dtype: TrainingDtype = None,
+    compile: Compile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, train nothing.")] = False,
 ) -> None:
     """Train every method on every molecule with every seed, and print the published table with one's own figures.
@@ -55,7 +56,7 @@ def benchmark(
 
     config = settings(
         methods=methods, seeds=seeds, backbone=backbone, head=head, recipe=recipe, epochs=epochs, E0s=E0s,
-        device=device, dtype=dtype,
+        device=device, dtype=dtype, compile=compile,
     )  # fmt: skip
     task = published_task(str(ctx.info_name), data, molecules)
     for note in task.notes:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .cells import conclude, list_cells, settings, show_table, train_cells
-from .options import Backbone, Device, Epochs, Head, Methods, Recipe, Seeds, TrainingDtype
+from .options import Backbone, Compile, Device, Epochs, Head, Methods, Recipe, Seeds, TrainingDtype
 
 DATA = "Data"
 
@@ -51,6 +51,7 @@ def compare(
     epochs: Epochs = None,
     device: Device = None,
     dtype: TrainingDtype = None,
+    compile: Compile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trainings, do none.")] = False,
 ) -> None:
     """Train several methods on the same data and recommend one, by validation errors and size.
@@ -76,21 +77,20 @@ def compare(
     )
     config = settings(
         methods=methods, seeds=seeds or COMPARE_SEEDS, backbone=backbone, head=head, recipe=recipe, epochs=epochs,
-        valid_fraction=valid_fraction, E0s=E0s, device=device, dtype=dtype,
+        valid_fraction=valid_fraction, E0s=E0s, device=device, dtype=dtype, compile=compile,
     )  # fmt: skip
     if dry_run:
         list_cells(task, output, config)
         return
     results = train_cells(task, output, config, whole_report=True)
-    table = write_tables(task, output, config)
-    draw(table, output / PICTURE)
-    show_table(table, describe(task, config, results))
     # Of all that the table shows: earlier calls, and other processes, have put their part into the folder.
     kept = read_results(output / CELLS)
     cells = {(r.system, r.method, r.seed): r for r in (*results, *kept)}
     choice = recommend(cells.values(), tolerance=config.tolerance)
     verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
-    write_tables(task, output, config, remark=verdict)
+    table = write_tables(task, output, config, remark=verdict)
+    draw(table, output / PICTURE)
+    show_table(table, describe(task, config, results))
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
     say(verdict, style="bold")
     if choice.stem is not None:

@@ -36,6 +36,14 @@ Recipe = Annotated[
 ]
 Epochs = Annotated[int | None, typer.Option(help="Instead of the recipe's.", min=1, rich_help_panel=TRAINING)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=TRAINING)]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the training steps first: minutes for each method, once.",
+        rich_help_panel=TRAINING,
+    ),
+]
 TrainingDtype = Annotated[
     Dtype | None, typer.Option(help="Precision, instead of the recipe's.", rich_help_panel=TRAINING)
 ]

@@ -292,6 +292,7 @@ class BenchmarkConfig(_Settings):
         E0s: see `resolve_reference_energies`; None: as the recipe has it.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: precision of the network; None: the recipe's.
+        compile: as for `TrainConfig`; None: the recipe's.
         tolerance: methods whose validation error is within this fraction of the lowest count as equal when one is
             recommended.
     """
@@ -306,6 +307,7 @@ class BenchmarkConfig(_Settings):
     E0s: str | None = None
     device: Device = "auto"
     dtype: Precision | None = None
+    compile: bool | None = None
     tolerance: float = 0.02
 
 

@@ -216,6 +216,7 @@ def test_methods_seeds_and_molecules_may_be_added_to_a_folder(data: Path, task: 
     [
         ({"epochs": 3}, "epochs was 2, is 3"),
         ({"recipe": "paper"}, "recipe was not given, is paper"),
+        ({"compile": True}, "compile was not given, is True"),
         ({"backbone": "other"}, f"backbone was {DEFAULT_BACKBONE}, is other"),
         ({"E0s": None}, "E0s was backbone, is not given"),
         ({"valid_fraction": 0.25}, r"valid_fraction was 0\.5, is 0\.25"),

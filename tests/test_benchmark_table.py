@@ -259,6 +259,10 @@ def test_recipes_settings_of_all_and_fields_follow_in_this_order() -> None:
     own = parse_method("full:lr=0.02,epochs=9", config)
     assert (own.training.lr, own.training.batch_size, own.training.epochs) == (0.02, 5, 9)
     assert own.label == "full:epochs=9,lr=0.02"
+    compiled = BenchmarkConfig(compile=True)
+    assert parse_method("mmea", compiled).training.compile
+    assert not parse_method("mmea:compile=false", compiled).training.compile
+    assert not parse_method("mmea", BenchmarkConfig()).training.compile
     other = parse_method("mmea:recipe=paper", BenchmarkConfig())
     assert other.training.batch_size == 5
     assert other.label == "mmea:recipe=paper"

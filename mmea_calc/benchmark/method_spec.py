@@ -95,7 +95,8 @@ def _named_fields(rest: str, text: str) -> dict[str, Any]:
 def _settings(
     name: str, recipe: str | None, config: BenchmarkConfig, named: Mapping[str, Any]
 ) -> tuple[AdapterConfig, TrainConfig]:
-    common = {"epochs": config.epochs, "dtype": config.dtype, "device": config.device}
+    wanted = ("epochs", "dtype", "device", "compile")
+    common = {key: getattr(config, key) for key in wanted}
     given = {key: value for key, value in common.items() if value is not None}
     merged = {**recipe_for(name, recipe), **given, **named, "method": name}
     return AdapterConfig(**fields_of(AdapterConfig, merged)), TrainConfig(**fields_of(TrainConfig, merged))

@@ -33,6 +33,7 @@ def shared_settings(task: Task, config: BenchmarkConfig, backbone: Backbone | No
         "recipe": config.recipe,
         "epochs": config.epochs,
         "dtype": config.dtype,
+        "compile": config.compile,
         "E0s": reference_energies_of(task, config),
         "valid_fraction": valid_fraction(task, config),
         "data": {
