@@ -36,20 +36,28 @@ def recipe(
     cheap: Cheap,
     out: Out,
     name: Annotated[str, typer.Option(help="Of the backbone.")],
-    start: Annotated[str | None, typer.Option(help="Backbone of the broad stage: name or path.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Backbone of the broad stage, name or path; the default one if not given.")
+    ] = None,
     difference_start: Annotated[
         str | None, typer.Option(help="Backbone at the cheap level, or an earlier network of differences.")
     ] = None,
     difference_scale: Annotated[
         float | None, typer.Option(help="Of its readouts at first; 1 for a network of differences.")
     ] = None,
-    n_broad: Annotated[int | None, typer.Option(help="Structures of the broad stage.", min=1)] = None,
-    n_mixed: Annotated[int | None, typer.Option(help="Structures of the last stage.", min=1)] = None,
-    minutes_difference: Annotated[float | None, typer.Option(min=0)] = None,
-    minutes_broad: Annotated[float | None, typer.Option(min=0)] = None,
-    minutes_last: Annotated[float | None, typer.Option(min=0)] = None,
+    n_broad: Annotated[
+        int | None, typer.Option(help="Structures of the broad stage; 90,000 if not given.", min=1)
+    ] = None,
+    n_mixed: Annotated[
+        int | None, typer.Option(help="Structures of the last stage; 10,700 if not given.", min=1)
+    ] = None,
+    minutes_difference: Annotated[
+        float | None, typer.Option(help="Of the network of differences; 14 if not given.", min=0)
+    ] = None,
+    minutes_broad: Annotated[float | None, typer.Option(help="Of the broad stage; 70 if not given.", min=0)] = None,
+    minutes_last: Annotated[float | None, typer.Option(help="Of the last stage; 11 if not given.", min=0)] = None,
     steps: Annotated[int | None, typer.Option(help="Of every stage, in the place of minutes.", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Structures per step; 8 if not given.", min=2)] = None,
     seed: Annotated[int | None, typer.Option(help="Of draws and orders.")] = None,
     device: OwnDevice = None,
     compile: Compile = None,

@@ -130,3 +130,11 @@ def test_settings_of_a_stage_are_named_or_set(sets: dict[str, Path], tmp_path: P
         refused = mmea(*words, "--set", wrong)
         assert refused.exit_code == 2
         assert told in " ".join(refused.stderr.replace("│", " ").split())
+
+
+def test_help_names_the_defaults_of_the_library() -> None:
+    told = " ".join(mmea("pretrain", "recipe", "--help").stdout.replace("│", " ").split())
+    config = RecipeConfig()
+    minutes = (config.minutes_difference, config.minutes_broad, config.minutes_last)
+    for number in (*minutes, config.n_broad, config.n_mixed, config.batch_size):
+        assert f"; {number:,.0f} if not given." in told
