@@ -41,7 +41,8 @@ EMBEDDED: dict[str, str] = {
     "mmea-organic-s3": "the same shape, trained on 30,000 molecules of GFN2-xTB brought near PBE, and on PBE",
     "mmea-organic-s4": "the same on 60,000 molecules, with pair repulsion and a wall for every pair of elements",
     "mmea-organic-s5": "the same on 90,000 molecules, and with hydrogen bonds and halogens",
-    "mmea-organic-s6": "the same with labels nearer to PBE, and larger molecules at PBE; the default",
+    "mmea-organic-s6": "the same with labels nearer to PBE, and larger molecules at PBE",
+    "mmea-organic-s7": "the same with more of both, and trained longer; the default",
 }
 
 _TRUST_PICKLE = (

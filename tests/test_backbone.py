@@ -66,7 +66,7 @@ def default() -> Backbone:
 
 
 def test_default_backbone_says_what_it_is(default: Backbone) -> None:
-    assert default.name == "mmea-organic-s6"
+    assert default.name == "mmea-organic-s7"
     assert default.elements == (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
     assert default.r_max == 4.5
     assert default.n_parameters == 325_328
@@ -121,6 +121,7 @@ FINGERPRINTS = {
     "mmea-organic-s4": "d710a3e4a60e31244407a5fc05e2e049a0b93e1d1f0a7422d8beb178f4be93af",
     "mmea-organic-s5": "b12bdafb2537658bcb57dbd5a3a154028200f770b3cd4d8c75ef8637873c788b",
     "mmea-organic-s6": "173bc46032f8ae28bb5e7ef10de33a835fb2132cea0ff62a69118c6fed0da5ac",
+    "mmea-organic-s7": "779c5575a330d1d09f6d1f5954b80ce9a30b0943006f96164a7518ef136a16f8",
     "mmea-organic-s2-xtb": "57cc1c018420d522192ebf58157aa4dc9639b95e07b2b16484ff253255321e12",
 }
 
@@ -225,13 +226,13 @@ def test_zero_shot_forces_on_aspirin_are_as_good_as_when_released(default: Backb
     batch = collate(graphs, default.elements, dtype=default.dtype)
     result = default.network(dict(batch.tensors))
     forces = np.concatenate([atoms.arrays["REF_forces"] for atoms in frames])
-    # 74.18 meV/A over the 30 frames of examples/data/aspirin/test.xyz (300, 600 and 1200 K), measured with the
+    # 62.70 meV/A over the 30 frames of examples/data/aspirin/test.xyz (300, 600 and 1200 K), measured with the
     # released weights in float32 and in float64
-    assert 1e3 * np.abs(result["forces"].numpy(force=True) - forces).mean() == pytest.approx(74.18, rel=0.01)
+    assert 1e3 * np.abs(result["forces"].numpy(force=True) - forces).mean() == pytest.approx(62.70, rel=0.01)
     e0 = [sum(default.atomic_energies[z] for z in atoms.numbers) for atoms in frames]
     error = result["energy"].numpy(force=True) + e0 - [atoms.info["REF_energy"] for atoms in frames]
-    # 4.743 meV per atom, measured with it
-    assert 1e3 * np.abs(error).mean() / graphs[0].n_atoms == pytest.approx(4.743, rel=0.02)
+    # 4.754 meV per atom, measured with it
+    assert 1e3 * np.abs(error).mean() / graphs[0].n_atoms == pytest.approx(4.754, rel=0.02)
 
 
 # --- fingerprint ----------------------------------------------------------------------------------------------------
