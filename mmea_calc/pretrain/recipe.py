@@ -8,7 +8,7 @@
 | `broad/` | the long stage, on these | `train.pretrain` |
 | `mixed/` | fewer and other structures, likewise | `relabel.relabel` |
 | `last/` | the last stage, on these, with a wall in every batch | `train.pretrain` |
-| NAME.safetensors, NAME.json | the mean of the weights before and after the last stage | `average.average` |
+| NAME.safetensors | the mean of the weights before and after the last stage | `average.average` |
 
 What is there is not made again, and a stage that was interrupted goes on: the same call resumes.
 """
@@ -61,7 +61,7 @@ class RecipeConfig:
     compile: bool = True
 
     def _stage(self, minutes: float, lr: float) -> PretrainConfig:
-        """What stages share; energies weigh more than in a first training, which has none of them yet."""
+        """What all stages share."""
         return PretrainConfig(
             minutes=minutes,
             steps=self.steps,
@@ -76,6 +76,7 @@ class RecipeConfig:
         return replace(self._stage(self.minutes_difference, 0.002), readout_scale=self.difference_scale)
 
     def broad(self) -> PretrainConfig:
+        """Energies weigh more than by default: the start has learnt the forces."""
         return replace(self._stage(self.minutes_broad, 0.0025), energy_weight=40.0, late_energy_weight=100.0)
 
     def last(self) -> PretrainConfig:
