@@ -24,7 +24,7 @@ OwnKernels = Annotated[
     ),
 ]
 
-# Of commands that train one method after the other: benchmark, compare.
+# Of commands that train one method after the other: benchmark, compare. --compile also of pretrain.
 Methods = Annotated[
     list[str] | None, typer.Option(metavar="METHOD...", help="Such as mmea elora full mmea:gate_rank=32.")
 ]
@@ -40,7 +40,7 @@ Compile = Annotated[
     bool | None,
     typer.Option(
         "--compile/--no-compile",
-        help="Compile the training steps first: minutes for each method, once.",
+        help="Compile the training steps first: minutes for each form, once.",
         rich_help_panel=TRAINING,
     ),
 ]

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from .console import say
-from .options import OwnDevice
+from .options import TRAINING, Compile, OwnDevice
 from .several import any_word, is_setting, several_values
 
 app = typer.Typer(help="Make a backbone of one's own.", no_args_is_help=True)
 
-LABELLING, SETS, TRAINING = "Geometries and labels", "Sets", "Training"
+LABELLING, SETS = "Geometries and labels", "Sets"
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")]
 Data = Annotated[Path, typer.Option(help="Folder with train-*.npz, valid*.npz, e0.json, level.txt.")]
@@ -22,7 +22,6 @@ Broad = Annotated[Path, typer.Option(help="Folder with train-*.npz to take struc
 Cheap = Annotated[Path, typer.Option(help="Folder of the set at the cheap level.")]
 Skip = Annotated[list[Path] | None, typer.Option(metavar="FILE...", help="Sets whose structures are left out.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
-Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile the training steps first.")]
 
 
 def _counts(found: dict[str, int]) -> None:

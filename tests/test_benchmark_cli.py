@@ -10,6 +10,7 @@ import pytest
 import typer
 from ase import Atoms
 from ase.io import write
+from commands import mmea
 from test_finetuning import labelled as make_labelled
 from test_finetuning import tiny_backbone as make_backbone
 from typer.testing import CliRunner, Result
@@ -18,7 +19,6 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.benchmark import BenchmarkEvent, runner, training
 from mmea_calc.errors import TrainingError
 from mmea_calc.training.trainer import ProgressEvent
-from mmea_cli.main import app
 from mmea_cli.several import any_word, is_number, several_values
 
 QUICK = ["--epochs", "1", "--device", "cpu", "--E0s", "backbone"]
@@ -52,10 +52,6 @@ def data(tmp_path: Path) -> Path:
         for file in (folder / f"{name}.xyz", tmp_path / f"{name}.xyz"):
             write(file, labelled(n, seed), format="extxyz")
     return tmp_path / "rmd17"
-
-
-def mmea(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
 
 
 def benchmark(data: Path, *more: object) -> Result:

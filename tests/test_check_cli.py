@@ -11,7 +11,8 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.io import write
-from typer.testing import CliRunner, Result
+from commands import mmea
+from typer.testing import Result
 
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile, read_adapter, write_adapter
@@ -20,7 +21,6 @@ from mmea_calc.check import forgetting, measure
 from mmea_calc.config import AdapterConfig
 from mmea_calc.data.dataset import Labelled
 from mmea_calc.potential import Potential
-from mmea_cli.main import app
 
 SHORT = ["--ramp-time", "8fs", "--nve-time", "12fs", "--replicas", "2", "--device", "cpu"]
 
@@ -55,10 +55,6 @@ def adapter(tmp_path: Path) -> Path:
     tensors = attach(backbone.network, config).state_dict()
     file = AdapterFile(config, tensors, backbone.name, backbone.fingerprint, checks={"dynamics": {"passed": True}})
     return write_adapter(tmp_path / "tiny.adapter", file)
-
-
-def mmea(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
 
 
 def only(result: Result) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import pytest
 import typer
 from ase.build import molecule
 from ase.io import write
+from commands import mmea
 from rich.console import Console
 from typer.main import get_command
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from conftest import ROOT
 from mmea_calc.adapter_file import read_adapter, write_adapter
@@ -31,10 +32,6 @@ from mmea_cli.settings import Settings, resolve
 
 DATA = ROOT / "examples" / "data" / "aspirin"
 HEAVY = ("torch", "ase", "mace", "e3nn", "matplotlib", "h5py", "numpy", "scipy")
-
-
-def mmea(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
 
 
 def settings(config: Path | None = None, **flags: Any) -> Settings:

@@ -25,16 +25,15 @@ from ase import Atoms, units
 from ase.calculators.socketio import SocketIOCalculator
 from ase.io import read, write
 from ase.md.verlet import VelocityVerlet
+from commands import mmea
 from engine_potentials import potential, reference
 from test_ipi_protocol import init, posdata, word
-from typer.testing import CliRunner
 
 from conftest import crystal, ethanol
 from mmea_calc.errors import DataError, EngineError
 from mmea_calc.ipi import client as ipi_client
 from mmea_calc.ipi.client import Address, Served, serve, tcp, unix
 from mmea_calc.ipi.protocol import Session
-from mmea_cli.main import app
 
 SECONDS = 30.0  # after which a test that hangs fails
 
@@ -419,10 +418,6 @@ def test_every_bead_of_a_path_integral_gets_its_own_forces(tmp_path: Path, name:
 
 
 # -- the command --------------------------------------------------------------------------------------------------
-
-
-def mmea(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
 
 
 def test_the_command_serves_a_backbone_and_says_what_it_did(tmp_path: Path, name: str) -> None:

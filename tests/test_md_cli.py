@@ -15,11 +15,10 @@ import typer
 from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
-from typer.testing import CliRunner, Result
+from commands import mmea
 
 from mmea_calc.md.run import MDProgress
 from mmea_calc.md.trajectory import read_settings, replica_names
-from mmea_cli.main import app
 from mmea_cli.md import _until_signal
 from mmea_cli.units import femtoseconds, per_femtosecond
 
@@ -27,10 +26,6 @@ from mmea_cli.units import femtoseconds, per_femtosecond
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def mmea(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="mmea")
 
 
 @pytest.fixture
