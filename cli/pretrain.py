@@ -50,11 +50,13 @@ def recipe(
     n_mixed: Annotated[
         int | None, typer.Option(help="Structures of the last stage; 10,700 if not given.", min=1)
     ] = None,
+    channels: Annotated[int | None, typer.Option(help="Widen the start to so many channels first.", min=1)] = None,
     minutes_difference: Annotated[
         float | None, typer.Option(help="Of the network of differences; 14 if not given.", min=0)
     ] = None,
     minutes_broad: Annotated[float | None, typer.Option(help="Of the broad stage; 70 if not given.", min=0)] = None,
     minutes_last: Annotated[float | None, typer.Option(help="Of the last stage; 11 if not given.", min=0)] = None,
+    lr: Annotated[float | None, typer.Option(help="Of the broad stage; 0.0025 if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of every stage, in the place of minutes.", min=0)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Structures per step; 8 if not given.", min=2)] = None,
     seed: Annotated[int | None, typer.Option(help="Of draws and orders.")] = None,
@@ -130,6 +132,19 @@ def average(
     from mmea_calc.pretrain.average import average
 
     say(average(stages, out))
+
+
+@app.command(rich_help_panel=TRAINING)
+def widen(
+    start: Annotated[str, typer.Argument(metavar="BACKBONE", help="Name or path.")],
+    channels: Annotated[int, typer.Option(help="Of every order in the wider network.", min=1)],
+    out: Annotated[Path, typer.Option("--out", "-o", help=".safetensors file to write.")],
+    seed: Annotated[int, typer.Option(help="Of the weights of the added channels.")] = 0,
+) -> None:
+    """Write a network of more channels with the same energies and forces, for `train --start`."""
+    from mmea_calc.pretrain.widen import widen
+
+    say(widen(start, channels, out, seed=seed))
 
 
 @app.command(rich_help_panel=TRAINING)

@@ -67,6 +67,7 @@ def test_a_few_steps_from_a_backbone_give_another_backbone(whole_run: Path) -> N
     assert made.atomic_energies == read_e0(PBE)
     assert made.config["start"] == {"name": "mmea-organic-s", "fingerprint": start.fingerprint}
     assert json.loads(whole_run.with_suffix(".json").read_text(encoding="utf-8")) == made.config
+    assert "channels" not in made.config["training"]  # that of a new network; here the start tells
     changes = [
         float((a - b).square().mean().sqrt())
         for a, b in zip(start.network.parameters(), made.network.parameters(), strict=True)

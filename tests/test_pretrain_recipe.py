@@ -66,6 +66,17 @@ def test_the_stages_see_different_structures_and_the_broad_one_all_walls(made: P
     assert not (made.parent / "mixed" / "train-2.npz").exists()
 
 
+def test_a_wider_network_is_made_from_the_start(sets: dict[str, Path], tmp_path: Path) -> None:
+    config = replace(SHORT, channels=65, lr=0.001)
+    made = make_backbone(better=sets["better"], cheap=sets["cheap"], out=tmp_path, name="wide", config=config)
+    of_it, broad, last = (
+        load_backbone(p).config for p in (made, *(tmp_path / n / f"{n}.safetensors" for n in ("broad", "last")))
+    )
+    assert of_it["hidden_irreps"] == "65x0e + 65x1o"
+    assert broad["start"]["fingerprint"] == load_backbone(tmp_path / "wide.safetensors").fingerprint
+    assert (broad["training"]["lr"], last["training"]["lr"]) == (0.001, pytest.approx(0.0008))
+
+
 @pytest.mark.parametrize("at", ["relabel", "average"])
 def test_an_interrupted_recipe_goes_on_to_the_same_bits(
     sets: dict[str, Path], made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str

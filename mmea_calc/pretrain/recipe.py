@@ -5,6 +5,7 @@
 | `differences/` | the better set's labels minus the cheap ones | `relabel.differences` |
 | `difference/` | a network of these | `train.pretrain` |
 | `relabelled/` | many structures of the broad set with its estimate added; the better set; walls | `relabel.relabel` |
+| `wide.safetensors` | the start in a network of more channels, where these are asked for | `widen.widen` |
 | `broad/` | the long stage, on these | `train.pretrain` |
 | `mixed/` | fewer and other structures, likewise | `relabel.relabel` |
 | `last/` | the last stage, on these, with a wall in every batch | `train.pretrain` |
@@ -28,6 +29,7 @@ from ..md import open_potential
 from .average import average
 from .relabel import differences, relabel
 from .train import PretrainConfig, pretrain
+from .widen import widen
 
 _RECORD = "recipe.json"
 
@@ -41,7 +43,9 @@ class RecipeConfig:
         difference_start: backbone that the network of differences starts from: one of the cheap level.
         difference_scale: what its readouts are multiplied by first; 1 for a network of differences.
         n_broad, n_mixed: structures of the broad set that are relabelled for the broad stage and for the last one.
+        channels: what the start is widened to before the broad stage (`widen`); None leaves it as it is.
         minutes_difference, minutes_broad, minutes_last: length of the stages.
+        lr: largest learning rate of the broad stage; that of the last one is 0.8 times as large.
         steps: steps of every stage in the place of minutes.
         batch_size, seed, device, compile: as for `PretrainConfig`; the seed is that of the draws as well.
     """
@@ -51,9 +55,11 @@ class RecipeConfig:
     difference_scale: float = 0.1
     n_broad: int = 90_000
     n_mixed: int = 10_700
+    channels: int | None = None
     minutes_difference: float = 14.0
     minutes_broad: float = 70.0
     minutes_last: float = 11.0
+    lr: float = 0.0025
     steps: int | None = None
     batch_size: int = PretrainConfig.batch_size
     seed: int = 0
@@ -77,10 +83,10 @@ class RecipeConfig:
 
     def broad(self) -> PretrainConfig:
         """Energies weigh more than by default: the start has learnt the forces."""
-        return replace(self._stage(self.minutes_broad, 0.0025), energy_weight=40.0, late_energy_weight=100.0)
+        return replace(self._stage(self.minutes_broad, self.lr), energy_weight=40.0, late_energy_weight=100.0)
 
     def last(self) -> PretrainConfig:
-        return replace(self._stage(self.minutes_last, 0.002), energy_weight=40.0, late_energy_weight=100.0)
+        return replace(self._stage(self.minutes_last, 0.8 * self.lr), energy_weight=40.0, late_energy_weight=100.0)
 
 
 def make_backbone(
@@ -144,11 +150,21 @@ class _Recipe:
         data = self._folder("differences", lambda to: differences(data=self.better, cheap=self.cheap, out=to))
         by = self._trained("difference", data, self.config.difference_start, self.config.difference())
         data = self._folder("relabelled", lambda to: self._relabel(by, to, self.config.n_broad, walls=True))
-        broad = self._trained("broad", data, self.config.start, self.config.broad())
+        broad = self._trained("broad", data, self._start(), self.config.broad())
         data = self._folder("mixed", lambda to: self._relabel(by, to, self.config.n_mixed, walls=False))
         last = self._trained("last", data, str(broad), self.config.last(), walls=self.better / "walls.npz")
         average([broad, last], made)
         return made
+
+    def _start(self) -> str:
+        """What the broad stage starts from, which is written where it has more channels than the given one."""
+        if self.config.channels is None:
+            return self.config.start
+        wide = self.out / "wide.safetensors"
+        if not wide.exists():
+            self.progress(f"{self.config.channels} channels")
+            widen(self.config.start, self.config.channels, wide, seed=self.config.seed)
+        return str(wide)
 
     def _folder(self, name: str, make: Callable[[Path], object]) -> Path:
         """A folder that is complete or absent."""

@@ -36,6 +36,7 @@ from .dataset import PackedSet, read_e0, read_level
 
 ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
 _LATE = 0.7  # part of the run after which the energy weighs more
+_OF_A_NEW_NETWORK = ("channels", "max_ell", "r_max")  # settings that a run with a start takes no notice of
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def pretrain(
     metrics = run.evaluate()
     progress(f"validation: {metrics}")
     seen = {"structures_seen": run.step * settings.batch_size, "of_walls": run.step if walls else 0}
-    run.config["training"] = {**seen, **asdict(settings), **metrics}
+    told = {k: v for k, v in asdict(settings).items() if start is None or k not in _OF_A_NEW_NETWORK}
+    run.config["training"] = {**seen, **told, **metrics}
     path = out / f"{name}.safetensors"
     save_backbone(path, run.config, run.tensors())
     write_text(path.with_suffix(".json"), json.dumps(run.config, indent=1) + "\n")
