@@ -73,7 +73,8 @@ def test_a_wider_network_is_made_from_the_start(sets: dict[str, Path], tmp_path:
         load_backbone(p).config for p in (made, *(tmp_path / n / f"{n}.safetensors" for n in ("broad", "last")))
     )
     assert of_it["hidden_irreps"] == "65x0e + 65x1o"
-    assert broad["start"]["fingerprint"] == load_backbone(tmp_path / "wide.safetensors").fingerprint
+    assert broad["start"]["fingerprint"] == load_backbone(tmp_path / "wide" / "wide.safetensors").fingerprint
+    assert made == tmp_path / "wide.safetensors"  # of the same name as what was made on the way
     assert (broad["training"]["lr"], last["training"]["lr"]) == (0.001, pytest.approx(0.0008))
 
 

@@ -5,7 +5,7 @@
 | `differences/` | the better set's labels minus the cheap ones | `relabel.differences` |
 | `difference/` | a network of these | `train.pretrain` |
 | `relabelled/` | many structures of the broad set with its estimate added; the better set; walls | `relabel.relabel` |
-| `wide.safetensors` | the start in a network of more channels, where these are asked for | `widen.widen` |
+| `wide/` | the start in a network of more channels, where these are asked for | `widen.widen` |
 | `broad/` | the long stage, on these | `train.pretrain` |
 | `mixed/` | fewer and other structures, likewise | `relabel.relabel` |
 | `last/` | the last stage, on these, with a wall in every batch | `train.pretrain` |
@@ -160,11 +160,12 @@ class _Recipe:
         """What the broad stage starts from, which is written where it has more channels than the given one."""
         if self.config.channels is None:
             return self.config.start
-        wide = self.out / "wide.safetensors"
-        if not wide.exists():
-            self.progress(f"{self.config.channels} channels")
-            widen(self.config.start, self.config.channels, wide, seed=self.config.seed)
-        return str(wide)
+        return str(self._folder("wide", self._widen) / "wide.safetensors")
+
+    def _widen(self, to: Path) -> None:
+        assert self.config.channels is not None
+        to.mkdir()
+        widen(self.config.start, self.config.channels, to / "wide.safetensors", seed=self.config.seed)
 
     def _folder(self, name: str, make: Callable[[Path], object]) -> Path:
         """A folder that is complete or absent."""
