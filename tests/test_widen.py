@@ -12,22 +12,18 @@ from architectures import ARCHITECTURES
 from ase import Atoms
 from commands import mmea
 
-from conftest import crystal, ethanol, network_config
+from conftest import crystal, ethanol, network_config, random_network
 from mmea_calc.adapted import attach
 from mmea_calc.backbone import load_backbone, save_backbone
 from mmea_calc.config import AdapterConfig
 from mmea_calc.errors import BackboneError
-from mmea_calc.mace_bridge import build_network
 from mmea_calc.potential import Potential
 from mmea_calc.pretrain.widen import widen
 
 
 def saved(path: Path, **changes: Any) -> Path:
     """A backbone with random weights, in a file."""
-    config = network_config(**changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        save_backbone(path, config, build_network(config).state_dict())
+    save_backbone(path, network_config(**changes), random_network(**changes).state_dict())
     return path
 
 

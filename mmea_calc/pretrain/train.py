@@ -36,6 +36,7 @@ from .dataset import PackedSet, read_e0, read_level
 
 ELEMENTS = (1, 6, 7, 8, 9, 15, 16, 17, 35, 53)
 _LATE = 0.7  # part of the run after which the energy weighs more
+_OF_THE_START = ("notes", "licence", "mean_of")  # what is said of it holds no longer
 _OF_A_NEW_NETWORK = ("channels", "max_ell", "r_max")  # settings that a run with a start takes no notice of
 
 
@@ -176,7 +177,7 @@ class _Run:
             begun_with = {"name": backbone.name, "fingerprint": backbone.fingerprint}
             if settings.zbl:
                 backbone = _with_pair_repulsion(backbone, device)
-        self.config = {k: v for k, v in backbone.config.items() if k not in ("notes", "licence")}  # those of the start
+        self.config = {k: v for k, v in backbone.config.items() if k not in _OF_THE_START}
         if begun_with is not None:
             self.config["start"] = begun_with
             _scale_readouts(backbone.network, settings.readout_scale)

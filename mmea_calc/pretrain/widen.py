@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import load_backbone, save_backbone
+from ..backbone_file import stored_tensors
 from ..errors import BackboneError
-from ..mace_bridge import build_network, convolution_paths, is_bessel
+from ..mace_bridge import build_network, convolution_paths
 
 
 def widen(backbone: str | Path, channels: int, out: Path, *, seed: int = 0) -> str:
@@ -50,16 +51,10 @@ def widen(backbone: str | Path, channels: int, out: Path, *, seed: int = 0) -> s
         torch.manual_seed(seed)
         wide = build_network(config)
     narrow, fresh = start.network, wide.state_dict()
-    tensors = {name: _widened(narrow, wide, name, old, fresh[name]) for name, old in _trained(narrow).items()}
+    trained = stored_tensors(start.config, narrow.state_dict())
+    tensors = {name: _widened(narrow, wide, name, old, fresh[name]) for name, old in trained.items()}
     config["start"] = {"name": start.name, "fingerprint": start.fingerprint}
     return save_backbone(out, config, tensors)
-
-
-def _trained(network: nn.Module) -> dict[str, Tensor]:
-    """All parameters, and the radial frequencies, which mace keeps as buffers."""
-    names = {name for name, _ in network.named_parameters()}
-    names |= {f"{name}.bessel_weights" for name, module in network.named_modules() if is_bessel(module)}
-    return {name: tensor for name, tensor in network.state_dict().items() if name in names}
 
 
 def _widened(narrow: nn.Module, wide: nn.Module, name: str, old: Tensor, fresh: Tensor) -> Tensor:
