@@ -214,6 +214,14 @@ def small(out: Out, seed: Seed = 0) -> None:
     say(f"{out}: {small(out=out, seed=seed, progress=say)} structures")
 
 
+@app.command(rich_help_panel=LABELLING)
+def chelates(out: Out, seed: Seed = 0) -> None:
+    """Make molecules with a hydrogen bond within themselves by GFN2-xTB, for `label --data`."""
+    from mmea_calc.pretrain.chelates import chelates
+
+    say(f"{out}: {chelates(out=out, seed=seed, progress=say)} structures")
+
+
 @app.command(cls=several_values({"--skip": any_word}), rich_help_panel=LABELLING)
 def label(
     data: Broad,

@@ -49,7 +49,7 @@ def test_molecules_touch_and_keep_their_form() -> None:
 
 def test_frames_of_pairs_clusters_and_exchanged_molecules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calculator = MMEACalculator(backbone="mmea-organic-s", device="cpu")
-    monkeypatch.setattr(small, "_xtb", lambda: calculator)
+    monkeypatch.setattr(small, "xtb", lambda: calculator)
     monkeypatch.setattr(small, "_STEPS", 5)
     monkeypatch.setattr(small, "PARTNERS", ("H2O", "CH4", "H2CO"))
     monkeypatch.setattr(small, "CLUSTERS", (("H2O", "H2O", "H2O"),))
@@ -72,7 +72,7 @@ def test_molecules_that_something_is_measured_by_are_not_for_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calculator = MMEACalculator(backbone="mmea-organic-s", device="cpu")
-    monkeypatch.setattr(small, "_xtb", lambda: calculator)
+    monkeypatch.setattr(small, "xtb", lambda: calculator)
     monkeypatch.setattr(small, "_STEPS", 5)
     monkeypatch.setattr(small, "PARTNERS", ("H2O", "NH3"))
     monkeypatch.setattr(small, "CLUSTERS", ())

@@ -81,7 +81,7 @@ def small(
         before = len(found)
         for start in starts:
             if composition(start.numbers) not in left_out:
-                found += _in_motion(start, temperatures, rng)
+                found += in_motion(start, temperatures, rng)
         progress(f"{words}: {len(found) - before} frames")
     kept = [found[i] for i in rng.permutation(len(found)) if np.abs(found[i][2]).max() < LARGEST_FORCE]
     measured_by = {composition(molecule(name).numbers) for name in MOLECULES}
@@ -153,12 +153,12 @@ def _exchanged(rng: np.random.Generator) -> Atoms:
     return exchange(parent, sites.tolist(), rng.choice(HALOGENS, size=len(sites), p=_HALOGEN_SHARES).tolist())
 
 
-def _in_motion(
+def in_motion(
     start: Atoms, temperatures_K: Sequence[float], rng: np.random.Generator
 ) -> Iterator[tuple[Atoms, float, np.ndarray]]:
     """Relaxed for some steps, then a frame at every temperature; of several molecules also one pushed out of place."""
     atoms = start.copy()
-    atoms.calc = _xtb()
+    atoms.calc = xtb()
     try:
         BFGS(atoms, logfile=None, maxstep=0.1).run(fmax=0.1, steps=25)
         for temperature in temperatures_K:
@@ -167,21 +167,21 @@ def _in_motion(
             Langevin(
                 atoms, 1.0 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, fixcm=False, rng=rng
             ).run(_STEPS)
-            yield _labelled(atoms)
+            yield labelled(atoms)
         if (tags := atoms.get_tags()).any():
             last = tags == tags.max()
             line = atoms.positions[last].mean(axis=0) - atoms.positions[~last].mean(axis=0)
             atoms.positions[last] += line / np.linalg.norm(line) * rng.uniform(*_PUSHED)
-            yield _labelled(atoms)
+            yield labelled(atoms)
     except (RuntimeError, ValueError, ArithmeticError):  # xTB did not converge: this one is not for learning
         return
 
 
-def _labelled(atoms: Atoms) -> tuple[Atoms, float, np.ndarray]:
+def labelled(atoms: Atoms) -> tuple[Atoms, float, np.ndarray]:
     return Atoms(atoms.numbers, atoms.positions), atoms.get_potential_energy(), atoms.get_forces()
 
 
-def _xtb() -> Any:
+def xtb() -> Any:
     try:
         from tblite.ase import TBLite
     except ImportError as problem:
