@@ -215,11 +215,17 @@ def small(out: Out, seed: Seed = 0) -> None:
 
 
 @app.command(rich_help_panel=LABELLING)
-def chelates(out: Out, seed: Seed = 0) -> None:
+def chelates(
+    out: Out,
+    enols: Annotated[int, typer.Option(help="Molecules D-CR=CR-CR=A that are drawn.", min=0)] = 300,
+    max_heavy: Annotated[int, typer.Option(help="Largest number of their heavy atoms.", min=5)] = 7,
+    seed: Seed = 0,
+) -> None:
     """Make molecules with a hydrogen bond within themselves by GFN2-xTB, for `label --data`."""
     from mmea_calc.pretrain.chelates import chelates
 
-    say(f"{out}: {chelates(out=out, seed=seed, progress=say)} structures")
+    count = chelates(out=out, enols=enols, max_heavy=max_heavy, seed=seed, progress=say)
+    say(f"{out}: {count} structures")
 
 
 @app.command(cls=several_values({"--skip": any_word}), rich_help_panel=LABELLING)

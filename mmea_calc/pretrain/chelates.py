@@ -42,7 +42,6 @@ MOLECULES = (
     *("O=c1cccccc1O", "Oc1ccccc1O", "Oc1ccccc1F", "Nc1ccccc1O", "OCc1ccccn1"),
     *("O=Cc1ccccc1O", "O=Cc1ccccc1N", "NC(=O)c1ccccc1O", "Oc1ccccc1[N+](=O)[O-]", "N=Cc1ccccc1O", "OC(=O)c1ccccn1"),
 )
-_HEAVY = 7  # atoms of what is drawn at most; a label of a larger one costs too much
 _CONFORMERS = 8  # for every donor and acceptor
 _EMBEDDED = (1.4, 2.2)  # A, from hydrogen to acceptor
 _LONGEST = 2.4  # A, the same after the force field moved the atoms
@@ -60,12 +59,20 @@ class Bridge:
     acceptor: int
 
 
-def chelates(*, out: Path, enols: int = 300, seed: int = 0, progress: Callable[[str], None] = lambda line: None) -> int:
+def chelates(
+    *,
+    out: Path,
+    enols: int = 300,
+    max_heavy: int = 7,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> int:
     """Write OUT/train-0.npz, labelled by GFN2-xTB, and OUT/order.npz; the number of structures.
 
     Args:
         out: folder.
         enols: molecules D-CR=CR-CR=A that are drawn; what is drawn twice is taken once.
+        max_heavy: largest number of heavy atoms of these.
         seed: of the draws, conformers, velocities and the order.
         progress: told what is done.
 
@@ -81,7 +88,7 @@ def chelates(*, out: Path, enols: int = 300, seed: int = 0, progress: Callable[[
         start = embed(smiles, seed=int(rng.integers(2**31 - 1)))
         if start is None or composition(start[0].numbers) in left_out:
             continue
-        if smiles not in MOLECULES and np.count_nonzero(start[0].numbers > 1) > _HEAVY:
+        if smiles not in MOLECULES and np.count_nonzero(start[0].numbers > 1) > max_heavy:
             continue
         found += _frames(*start, rng)
         closed += 1
