@@ -125,6 +125,7 @@ FINGERPRINTS = {
     "mmea-organic-s5": "b12bdafb2537658bcb57dbd5a3a154028200f770b3cd4d8c75ef8637873c788b",
     "mmea-organic-s6": "173bc46032f8ae28bb5e7ef10de33a835fb2132cea0ff62a69118c6fed0da5ac",
     "mmea-organic-s7": "779c5575a330d1d09f6d1f5954b80ce9a30b0943006f96164a7518ef136a16f8",
+    "mmea-organic-s8": "6f334bc9311f1d69a4c95bd5231975093fe972b03386b96e2bf14404be3f8a3d",
     "mmea-organic-m": "3a5bfa278ba844754175839da7d58b15dcb7b062aa5d375b6658dae1aba6ed87",
     "mmea-organic-s2-xtb": "57cc1c018420d522192ebf58157aa4dc9639b95e07b2b16484ff253255321e12",
 }
