@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -261,6 +262,22 @@ def test_a_run_is_not_resumed_with_another_network(few: Path, tmp_path: Path) ->
     pretrain(**arguments, settings=SHORT)
     with pytest.raises(TrainingError, match="another network"):
         pretrain(**arguments, settings=settings(zbl=True), resume=True)
+
+
+def test_a_run_is_not_resumed_with_other_data(few: Path, tmp_path: Path) -> None:
+    """Its record, how many structures and walls it has seen, would not be true."""
+    arguments: dict[str, Any] = {"data": few, "out": tmp_path / "run", "name": "z", "start": "mmea-organic-s"}
+    pretrain(**arguments, settings=SHORT)
+    (other := tmp_path / "other").mkdir()
+    for name in ("valid.npz", "e0.json", "level.txt"):
+        shutil.copy(few / name, other)
+    shutil.copy(few / "valid.npz", other / "train-0.npz")
+    before = (tmp_path / "run/resume.pt").read_bytes()
+    for wrong in ({"walls": PBE / "walls.npz"}, {"data": other}):
+        with pytest.raises(TrainingError, match="other structures or walls"):
+            pretrain(**arguments | wrong, settings=SHORT, resume=True)
+    assert (tmp_path / "run/resume.pt").read_bytes() == before
+    pretrain(**arguments, settings=SHORT, resume=True)
 
 
 def test_new_network_starts_from_the_seed(few: Path, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def pretrain(
         name: of the backbone that is made.
         start: name or path of a backbone to start from; None starts from random weights.
         walls: packed set of pairs of atoms (`walls`); one structure of every batch is one of these.
-        resume: go on from OUT/resume.pt; with `steps`, to the bits of a run that was never stopped (CPU).
+        resume: go on from OUT/resume.pt with the same data; with `steps`, to the bits of a run that was never stopped
+            (CPU).
         settings: how; the defaults are those of the second stage.
         progress: called with a line of text now and then.
 
@@ -118,7 +119,7 @@ def pretrain(
 
     Raises:
         BackboneError: the start cannot be loaded. DataError: the set cannot be used. TrainingError: there is nothing
-            to resume, the loss is not finite, or batches have no place for a wall.
+            to resume, it belongs to other data or another network, the loss is not finite, or batches have no place for a wall.
     """
     settings = settings or PretrainConfig()
     checkpoint = out / "resume.pt"
@@ -196,6 +197,8 @@ class _Run:
         self.step, self.elapsed = 0, 0.0
         repelling = [torch.ones(1)] if self.config.get("pair_repulsion") else []
         self.start = hash_of([*backbone.network.parameters(), *repelling])
+        taught = self.train_set
+        self.data = hash_of([taught.numbers, taught.n_atoms, taught.positions, taught.forces, taught.energy])
         if saved is not None:
             self._restore(saved)
         compiled = settings.compile and self.fraction() < 1
@@ -204,6 +207,11 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         if saved["start"] != self.start:
             raise TrainingError("resume.pt belongs to another network; use the settings and the start it was made with")
+        if saved.get("data") != self.data:
+            raise TrainingError(
+                "resume.pt was made with other structures or walls; give those again, or begin a new run that starts from "
+                "this one's weights"
+            )
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, [t.to(self.potential.device) for t in saved["weights"]])
         self.optimiser.load_state_dict(saved["optimiser"])
@@ -224,6 +232,7 @@ class _Run:
         """What `resume.pt` holds: tensors and plain values only."""
         return {
             "start": self.start,
+            "data": self.data,
             "weights": [p.detach() for p in self.parameters],
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
