@@ -119,7 +119,8 @@ def pretrain(
 
     Raises:
         BackboneError: the start cannot be loaded. DataError: the set cannot be used. TrainingError: there is nothing
-            to resume, it belongs to other data or another network, the loss is not finite, or batches have no place for a wall.
+            to resume, it belongs to other data or another network, the loss is not finite, or batches have no place
+            for a wall.
     """
     settings = settings or PretrainConfig()
     checkpoint = out / "resume.pt"
@@ -209,8 +210,8 @@ class _Run:
             raise TrainingError("resume.pt belongs to another network; use the settings and the start it was made with")
         if saved.get("data") != self.data:
             raise TrainingError(
-                "resume.pt was made with other structures or walls; give those again, or begin a new run that starts from "
-                "this one's weights"
+                "resume.pt was made with other structures or walls; give those again, or begin a new run that starts "
+                "from this one's weights"
             )
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, [t.to(self.potential.device) for t in saved["weights"]])
