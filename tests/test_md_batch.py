@@ -371,6 +371,13 @@ def test_quick_check_keeps_to_its_time() -> None:
     assert 0 < result["time_ps"] < 1e6
 
 
+def test_quick_check_tells_how_far_it_is() -> None:
+    told: list[float] = []
+    atoms = Atoms("C3", [[0, 0, 0], [1.4, 0, 0], [0.7, 1.2, 0]])
+    quick_check(Morse(depth=4.0), atoms, temperatures_K=(100.0,), time_ps=0.02, progress=told.append)  # type: ignore[arg-type]
+    assert told == pytest.approx([0.0, 0.004, 0.008, 0.012, 0.016])
+
+
 def test_minimisation_reaches_the_minimum() -> None:
     (relaxed,), messages = minimise(Morse(), [triatomic()])  # type: ignore[arg-type]
     potential = Morse()

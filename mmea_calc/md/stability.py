@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def quick_check(
     seconds: float = 120.0,
     seed: int = 0,
     force: bool = False,
+    progress: Callable[[float], None] = lambda done_ps: None,
 ) -> dict[str, Any]:
     """Run Langevin dynamics in memory and say whether it was stable.
 
@@ -69,6 +70,7 @@ def quick_check(
         temperatures_K, replicas, time_ps, seed: see `MDConfig`.
         seconds: after this time the check ends, however far it is.
         force: run an adapter whose method is not equivariant.
+        progress: told at every sample how much is done, ps.
 
     Returns:
         plain values: `passed` (no replica failed or changed its bonds), `time_ps` reached, `asked_ps`, the settings,
@@ -82,7 +84,12 @@ def quick_check(
     structures = [starts] if isinstance(starts, Atoms) else list(starts)
     config = MDConfig(temperatures_K=temperatures_K, replicas=replicas, time_ps=time_ps, seed=seed)
     end = time.monotonic() + seconds
-    run = record(potential, structures, config, go_on=lambda step: time.monotonic() < end)
+
+    def go_on(step: int) -> bool:
+        progress(1e-3 * step * config.timestep_fs)
+        return time.monotonic() < end
+
+    run = record(potential, structures, config, go_on=go_on)
     rows = []
     for i, replica in enumerate(run.replicas):
         series = {name: v[:, i][np.isfinite(v[:, i])] for name, v in run.values.items()}

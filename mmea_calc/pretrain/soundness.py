@@ -186,8 +186,17 @@ def measure_soundness(
     if md_ps > 0:
         progress("dynamics")
         single = open_potential(backbone, device=device)
+        told = 0
+
+        def tell(done_ps: float) -> None:
+            nonlocal told
+            if (tenths := int(10 * done_ps / md_ps)) > told:
+                told = tenths
+                progress(f"dynamics: {done_ps:.3g} of {md_ps:g} ps")
+
+        starts = drug_like(data)
         dynamics = quick_check(
-            single, drug_like(data), temperatures_K=(300.0, 600.0), time_ps=md_ps, seconds=np.inf, seed=0
+            single, starts, temperatures_K=(300.0, 600.0), time_ps=md_ps, seconds=np.inf, seed=0, progress=tell
         )
     beyond = potential.backbone.r_max < GAPS
     return Soundness(
