@@ -65,6 +65,7 @@ def train_several(train: list[Path], settings: Settings, given: Mapping[str, Any
 
 def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> tuple[list[Point], Path, Path]:
     """What to train, the folder of the sweep, and the file of the table."""
+    from mmea_calc.adapter_file import named_after
     from mmea_calc.training.sweep import Point, committee, grid
 
     options = settings.options
@@ -79,11 +80,16 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
         if folder.suffix == ".adapter":
             raise typer.BadParameter(f"a sweep writes several adapters: {folder} should be a folder's name")
         common = {**given, "device": settings.training.device}
+        if options["init"]:
+            from mmea_calc.adapter_file import read_adapter
+
+            common = {**read_adapter(options["init"]).config.form(), **common}
         return grid(options["sweep"], common, folder=folder, train=train, options=taken), folder, folder / "sweep.csv"
-    output = output or stem.with_suffix(".adapter")
-    one = Point(output.stem, {}, settings.adapter, settings.training, output, tuple(train), taken)
-    table_file = output.with_suffix(".committee.csv")
-    return committee(options["committee"], one), output.with_suffix(".committee"), table_file
+    output = output or Path(f"{stem}.adapter")
+    name = output.name.removesuffix(".adapter")
+    one = Point(name, {}, settings.adapter, settings.training, output, tuple(train), taken)
+    table_file = named_after(output, ".committee.csv")
+    return committee(options["committee"], one), named_after(output, ".committee"), table_file
 
 
 def _check(point: Point) -> None:

@@ -37,6 +37,14 @@ _KEY = "mmea"
 _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
+def named_after(adapter: Path, ending: str) -> Path:
+    """What stands beside an adapter file: its name with `ending` for `.adapter`, or after a name that has none.
+
+    Not `Path.with_suffix`, to which `lr0.01` and `lr0.003` would be the same name.
+    """
+    return adapter.with_name(adapter.name.removesuffix(".adapter") + ending)
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter as it is stored.

@@ -237,7 +237,7 @@ def _graphs(potential: Potential, dataset: Dataset) -> Sequence[Graph]:
     """Neighbour lists of all structures, every one checked before the first is computed."""
     if isinstance(dataset, PreparedDataset):
         dataset.check_elements(potential.backbone.elements)
-        return dataset.graphs(potential.backbone.r_max)
+        return dataset.graphs(potential.backbone.r_max, potential.check_charge)
     graphs = []
     for item in dataset.structures:
         check_elements(np.unique(item.atoms.numbers), potential.backbone.elements, item.where)

@@ -54,6 +54,12 @@ def charge_of(atoms: Atoms) -> float:
     return float(value) if isinstance(value, int | float | np.number) else 0.0
 
 
+def spin_of(atoms: Atoms) -> float:
+    """Spin multiplicity that a structure is said to have (`info["spin"]`); 1 if nothing is said."""
+    value = atoms.info.get("spin", atoms.info.get("total_spin", 1))
+    return float(value) if isinstance(value, int | float | np.number) else 1.0
+
+
 def build_graph(atoms: Atoms, r_max: float) -> Graph:
     """Neighbour list of a structure within `r_max` (A).
 

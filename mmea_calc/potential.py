@@ -24,7 +24,7 @@ from .fast.compiled import CompiledNetwork, Programs, compile_program
 from .fast.converted import ConvertedNetwork
 from .fast.machine_code import named_tensors
 from .fast.tensor_state import State, state_of
-from .graph import Batch, Found, Graph, build_graph, charge_of, collate
+from .graph import Batch, Found, Graph, build_graph, charge_of, collate, spin_of
 
 
 @dataclass
@@ -148,21 +148,21 @@ class Potential:
 
     def graph(self, atoms: Atoms) -> Graph:
         """Neighbour list within the backbone's cutoff. Raises DataError."""
-        self._check_charge(atoms)
+        self.check_charge(atoms)
         return build_graph(atoms, self.backbone.r_max)
 
-    def _check_charge(self, atoms: Atoms) -> None:
+    def check_charge(self, atoms: Atoms) -> None:
         """Warn of a total charge (`atoms.info["charge"]`), once: backbones here compute what is neutral.
 
         Raises:
             DataError: the backbone knows charges and spins, and the structure is no neutral singlet: its energy would
                 be that of another state.
         """
-        charge, spin = charge_of(atoms), atoms.info.get("spin", atoms.info.get("total_spin"))
-        if getattr(self.backbone.network, "embedding_specs", None) and (charge or spin not in (None, 1)):
+        charge, spin = charge_of(atoms), spin_of(atoms)
+        if getattr(self.backbone.network, "embedding_specs", None) and (charge or spin != 1):
             raise DataError(
-                f"the structure has a total charge of {charge:g} and a spin multiplicity of {spin}: with this backbone "
-                "mmea computes neutral singlets alone, use mace-torch's MACECalculator for others"
+                f"the structure has a total charge of {charge:g} and a spin multiplicity of {spin:g}: with this "
+                "backbone mmea computes neutral singlets alone, use mace-torch's MACECalculator for others"
             )
         if charge and not self._charge_told:
             self._charge_told = True

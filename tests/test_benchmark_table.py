@@ -357,6 +357,15 @@ def test_energies_decide_where_there_are_no_forces() -> None:
     assert "validation error of the energy of 4.0 meV" in choice.reason
 
 
+def test_energies_decide_where_some_validation_parts_have_no_forces() -> None:
+    results = [cell("mmea", 1, 9.0), cell("mmea", 2, 9.0, None), cell("full", 1, 4.0), cell("full", 2, 4.0, None)]
+    choice = recommend(results, tolerance=0.02)
+    assert (choice.method, choice.quantity) == ("full", "energy")
+    nothing_in_common = [cell("mmea", 1, None, 2.0), cell("mmea", 2, 9.0, None)]
+    with pytest.raises(TrainingError, match="give validation structures with --valid"):
+        recommend(nothing_in_common, tolerance=0.02)
+
+
 def test_a_method_without_all_its_seeds_is_not_considered() -> None:
     results = [cell("mmea", 1), cell("mmea", 2), cell("full", 1, 0.1, 0.1), cell("full", 2, reason="nan")]
     choice = recommend(results, tolerance=0.02)

@@ -16,6 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
 from mmea_calc.data.preflight import PreflightReport, preflight
+from mmea_calc.data.preparing import prepare
 from mmea_calc.data.reading import Dataset, Labelled, read_dataset, split
 from mmea_calc.errors import DataError
 
@@ -217,6 +218,26 @@ def test_several_files_keep_their_own_keys_and_indices(tmp_path: Path) -> None:
     assert any("different keys in different files" in note for note in data.notes)
 
 
+def test_isolated_atoms_in_a_file_of_their_own_need_not_have_a_named_key(tmp_path: Path) -> None:
+    frames = labelled(3)
+    for atoms in frames:
+        atoms.info["dft_energy"] = atoms.info.pop("REF_energy")
+    one = write(tmp_path / "one.xyz", frames)
+    alone = [Atoms(s, info={"REF_energy": e}) for s, e in (("H", -13.5), ("O", -2040.0))]
+    two = write(tmp_path / "two.xyz", alone)
+    for data in (
+        read_dataset([one, two], energy_key="dft_energy"),
+        prepare([one, two], tmp_path / "a.h5", r_max=4.0, energy_key="dft_energy"),
+    ):
+        assert data.isolated_atoms == {1: -13.5, 8: -2040.0}
+        assert data.counts["energy"] == 3
+        assert any("different keys in different files (dft_energy | REF_energy)" in note for note in data.notes)
+    # A crystal of one atom is no isolated atom, and structures count under the named key alone.
+    metal = Atoms("O", cell=[3.0] * 3, pbc=True, info={"REF_energy": -2000.0})
+    data = read_dataset([one, write(tmp_path / "three.xyz", [metal])], energy_key="dft_energy")
+    assert data.structures[-1].energy is None
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +370,17 @@ def test_an_isolated_atom_in_a_box_is_one_and_a_crystal_of_one_atom_is_not(tmp_p
     metal = with_calculator(Atoms("O", cell=[3.0] * 3, pbc=True), energy=-2000.0)
     data = read_dataset(write(tmp_path / "b.xyz", [*labelled(prefix=""), metal]))
     assert (data.isolated_atoms, len(data)) == ({}, 5)
+
+
+def test_what_has_neither_energy_nor_forces_does_not_validate() -> None:
+    frames = [Labelled(water(k), energy=0.0 if k % 4 == 0 else None) for k in range(8)]
+    for seed in range(10):
+        train, valid = split(dataset_of(frames), 0.3, seed)
+        assert len(valid) in (1, 2)
+        assert valid.counts["energy"] == len(valid)
+        assert len(train) + len(valid) == 8
+    with pytest.raises(DataError, match="fewer than two have an energy or forces"):
+        split(dataset_of([dataclasses.replace(s, energy=None) for s in frames]), 0.3, 0)
 
 
 def test_copies_of_a_geometry_stay_on_one_side_of_a_split() -> None:

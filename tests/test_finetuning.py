@@ -518,3 +518,60 @@ def test_the_log_has_the_stresses_that_are_trained(tmp_path: Path) -> None:
         parts = [float(row[f"{name}_loss"]) for name in ("energy", "forces", "stress")]
         assert min(parts) > 0
         assert float(row["loss"]) == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_reference_energies_of_elements_outside_the_training_part_are_in_the_file(tmp_path: Path) -> None:
+    """Else the file gives other energies for them than those that the run has told."""
+    data = dataset(tmp_path, 6)
+    cyanide = Atoms("CN", [[0, 0, 0], [0, 0, 1.16]], info={"REF_energy": -2510.0})
+    cyanide.arrays["REF_forces"] = np.zeros((2, 3))
+    write(tmp_path / "other.xyz", cyanide, format="extxyz")
+    test = read_dataset(tmp_path / "other.xyz")
+    given = {"H": -13.0, "C": -1027.0, "O": -2038.0, "N": -1480.0}
+
+    def backbone() -> Backbone:
+        energies = {1: -13.6, 6: -1027.3, 7: -1485.0, 8: -2038.5}
+        network = random_network(0, atomic_numbers=[*energies], atomic_energies=[0.0] * 4).double().eval()
+        return replace(tiny_backbone(), network=network, elements=tuple(energies), atomic_energies=energies)
+
+    result = finetune(
+        data, tmp_path / "a.adapter", test=test, backbone=backbone(), adapter=SMALL, training=replace(QUICK, epochs=1),
+        E0s=given,
+    )  # fmt: skip
+    file = read_adapter(tmp_path / "a.adapter")
+    assert file.reference_energies == {1: -13.0, 6: -1027.0, 7: -1480.0, 8: -2038.0}
+    assert file.elements == (1, 6, 8)
+    potential = Potential(backbone())
+    potential.use(file)
+    again = measure(potential, Samples(test, potential), QUICK)
+    assert again.energy_mae_meV == pytest.approx(result.fine_tuned["test"].energy_mae_meV, rel=1e-6)
+
+
+def test_sets_that_nothing_can_be_compared_with_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    data = dataset(tmp_path, 6)
+    stressed = Dataset((Labelled(crystal(), stress=np.eye(3)),) * 2, "stressed.xyz", {"stress": "stress"})
+    sets: tuple[dict[str, Any], ...] = ({"valid": stressed}, {"test": stressed})
+    for named in sets:
+        with pytest.raises(DataError, match=r"stressed\.xyz: expected structures with energies or forces to compare"):
+            finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), training=QUICK, **named)
+    one = Dataset((data.structures[0], Labelled(data.structures[1].atoms)), "one.xyz", data.keys)
+    with pytest.raises(DataError, match=r"nothing to learn|fewer than two have an energy or forces"):
+        finetune(one, tmp_path / "a.adapter", backbone=tiny_backbone(), training=QUICK)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.xyz"]
+
+
+def test_energies_of_the_backbone_are_those_of_the_backbone_whatever_training_starts_from(tmp_path: Path) -> None:
+    data, once = dataset(tmp_path, 6), replace(QUICK, epochs=1)
+    given = {"H": -13.0, "C": -1027.0, "O": -2038.0}
+    first, second = tmp_path / "a.adapter", tmp_path / "b.adapter"
+    finetune(data, first, backbone=tiny_backbone(), adapter=SMALL, training=once, E0s=given)
+    finetune(data, second, backbone=tiny_backbone(), init=first, training=once, E0s="backbone")
+    assert read_adapter(second).reference_energies == tiny_backbone().atomic_energies
+
+
+def test_runs_of_names_with_a_dot_have_folders_of_their_own(tmp_path: Path) -> None:
+    data, once = dataset(tmp_path, 6), replace(QUICK, epochs=1)
+    for name in ("m_lr0.01", "m_lr0.003", "m.adapter"):
+        finetune(data, tmp_path / name, backbone=tiny_backbone(), adapter=SMALL, training=once)
+    folders = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert folders == ["m.run", "m_lr0.003.run", "m_lr0.01.run"]

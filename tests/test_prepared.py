@@ -25,8 +25,10 @@ from mmea_calc.data.prepared import open_dataset, open_prepared
 from mmea_calc.data.preparing import prepare, writing
 from mmea_calc.data.reading import read_dataset, split
 from mmea_calc.errors import DataError
-from mmea_calc.graph import build_graph
+from mmea_calc.graph import build_graph, charge_of, spin_of
+from mmea_calc.potential import Potential
 from mmea_calc.training.finetuning import finetune
+from mmea_calc.training.trainer import Samples
 
 
 def mixed(tmp_path: Path) -> list[Path]:
@@ -247,3 +249,28 @@ def test_the_command_prepares_and_a_file_of_another_cutoff_fails_with_one_line(t
     assert "was prepared for a cutoff of 6 A, the backbone has 4.5 A: prepare the data again" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "a.run").exists()
+
+
+def test_copies_stay_on_one_side_of_a_split(tmp_path: Path) -> None:
+    frames = labelled(4)
+    write(tmp_path / "train.xyz", [a for _ in range(4) for a in frames], format="extxyz")
+    data = prepare([tmp_path / "train.xyz"], tmp_path / "a.h5", r_max=4.0)
+    assert list(data.first_of_its_geometry()) == [0, 1, 2, 3] * 4
+    assert list(data.subset([5, 9, 2, 6]).first_of_its_geometry()) == [0, 0, 2, 2]
+    train, valid = split(data, 0.3, 0)
+    memory = split(read_dataset(tmp_path / "train.xyz"), 0.3, 0)
+    assert (train.indices, valid.indices) == (memory[0].indices, memory[1].indices)
+    places = [{i % 4 for rows in part.indices.values() for i in rows} for part in (train, valid)]
+    assert not places[0] & places[1]
+
+
+def test_charges_and_spins_are_kept_and_looked_at(tmp_path: Path) -> None:
+    frames = labelled(4)
+    frames[2].info.update(charge=-1, spin=2)
+    write(tmp_path / "train.xyz", frames, format="extxyz")
+    data = prepare([tmp_path / "train.xyz"], tmp_path / "a.h5", r_max=4.0)
+    assert [charge_of(s.atoms) for s in data.structures] == [0, 0, -1, 0]
+    assert [spin_of(s.atoms) for s in data.structures] == [1, 1, 2, 1]
+    with pytest.warns(UserWarning, match="total charge of -1"):
+        Samples(data, Potential(tiny_backbone()))
+    assert any("total charge" in text for text in preflight(data, backbone_elements=(1, 6, 8)).warnings)

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.build import molecule
 
 from mmea_calc.data.reading import Dataset, Labelled, read_dataset
-from mmea_calc.data.reference_energies import resolve_reference_energies
+from mmea_calc.data.reference_energies import identity_of, resolve_reference_energies
 from mmea_calc.errors import DataError
 
 ASPIRIN = Path(__file__).parents[1] / "examples" / "data" / "aspirin"
@@ -247,3 +247,24 @@ def test_interaction_energies_must_fit_the_data() -> None:
         resolve_reference_energies(None, data, Backbone(), INTERACTION[:5])
     with pytest.raises(ValueError, match="finite"):
         resolve_reference_energies(None, data, Backbone(), np.full(6, np.nan))
+
+
+def test_a_file_of_structures_is_read_under_the_key_of_the_training_data(tmp_path: Path) -> None:
+    alone = [Atoms(s, info={"REF_energy": PBE[z] + 100, "dft_energy": PBE[z]}) for s, z in (("H", 1), ("O", 8))]
+    ase.io.write(tmp_path / "alone.xyz", alone, format="extxyz")
+    data = made(["H2O"], PBE, np.array([-10.0]))
+    for key, shift in (("dft_energy", 0.0), ("energy", 100.0), ("a | b", 100.0)):
+        named = Dataset(data.structures, data.name, {"energy": key})
+        result = resolve_reference_energies(tmp_path / "alone.xyz", named, Backbone(), np.array([-10.0]))
+        assert result.energies[8] == pytest.approx(PBE[8] + shift)
+
+
+def test_a_specification_is_the_same_as_long_as_it_says_the_same(tmp_path: Path) -> None:
+    (path := tmp_path / "e0.json").write_text('{"H": -13.0}')
+    first = identity_of(str(path))
+    assert identity_of(path) == first
+    path.write_text('{"H": -14.0}')
+    assert identity_of(str(path)) != first
+    assert identity_of("average") == "average"
+    assert identity_of(None) is None
+    assert identity_of({"H": 1.0}) != identity_of({"H": 2.0})

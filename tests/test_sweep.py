@@ -16,7 +16,7 @@ from test_cli import mmea
 from conftest import ROOT
 from mmea_calc import MMEACalculator
 from mmea_calc.adapter_file import read_adapter
-from mmea_calc.config import AdapterConfig, TrainConfig
+from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig
 from mmea_calc.data.reading import read_dataset
 from mmea_calc.errors import AdapterError, TrainingError
 from mmea_calc.training.sweep import Outcome, Point, committee, grid, ranked, train_all, train_point
@@ -174,3 +174,35 @@ def test_options_that_do_not_go_together_are_wrong_usage(data: Path, options: li
     result = mmea("finetune", data, *options)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_what_is_trained_is_kept_until_a_file_of_energies_or_the_start_changes(data: Path, tmp_path: Path) -> None:
+    energies, start = tmp_path / "e0.json", tmp_path / "start.adapter"
+    energies.write_text('{"H": -13.0}')
+    start.write_bytes(b"one")
+    job = replace(point(data, tmp_path / "a.adapter"), options={"E0s": str(energies), "init": start})
+    before = job.identity()
+    assert job.identity() == before
+    energies.write_text('{"H": -14.0}')
+    assert (second := job.identity()) != before
+    start.write_bytes(b"another")
+    assert job.identity() != second
+    assert point(data, tmp_path / "a.adapter").identity()["options"] == {"backbone": DEFAULT_BACKBONE}
+
+
+def test_members_and_results_of_names_with_a_dot_are_told_apart(data: Path, tmp_path: Path) -> None:
+    jobs = [point(data, tmp_path / name) for name in ("m_lr0.01", "m_lr0.003")]
+    assert [job.result_file.name for job in jobs] == ["m_lr0.01.json", "m_lr0.003.json"]
+    assert [m.output.name for m in committee(2, jobs[0])] == ["m_lr0.01-1", "m_lr0.01-2"]
+
+
+def test_a_sweep_from_an_adapter_has_its_form(data: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start.adapter"
+    assert train_point(point(data, start)).reason == ""
+    result = mmea(
+        "finetune", data, "--init", start, "-o", tmp_path / "S", "--sweep", "lr=0.01,0.003", "--epochs", 1,
+        "--valid-fraction", 0.4, "--device", "cpu",
+    )  # fmt: skip
+    assert result.exception is None or "no better" in result.output, result.output
+    assert {read_adapter(p).config.form()["method"] for p in (tmp_path / "S").glob("*.adapter")} == {"gates"}
+    assert len(list((tmp_path / "S").glob("*.adapter"))) == 2

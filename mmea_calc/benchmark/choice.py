@@ -58,12 +58,12 @@ def recommend(results: Iterable[CellResult], *, tolerance: float) -> Choice:
         tolerance: see `choose`.
 
     Raises:
-        TrainingError: no method finished with all seeds.
+        TrainingError: no method finished with all seeds, or their validation structures have no label in common.
     """
     results = list(results)
     done = [r for r in results if r.finished]
     seeds = {r.seed for r in results}
-    quantity: Quantity = "forces" if any(r.errors[VALID].fine_tuned.forces_mae is not None for r in done) else "energy"
+    quantity = _compared(done)
     candidates, left_out = [], []
     for method in dict.fromkeys(r.method for r in results):
         own = [r for r in done if r.method == method]
@@ -131,6 +131,18 @@ def choose(candidates: Sequence[Candidate], bare: float, *, tolerance: float, qu
     if best.error.std is None:
         sentences.append("One seed: differences of a few per cent may be chance.")
     return Choice(chosen.method, equal, quantity, " ".join(sentences))
+
+
+def _compared(done: Sequence[CellResult]) -> Quantity:
+    """The forces, where the validation structures of all trainings have some, else the energy. Raises TrainingError."""
+    quantities: tuple[Quantity, ...] = ("forces", "energy")
+    for quantity in quantities:
+        if all(getattr(r.errors[VALID].fine_tuned, f"{quantity}_mae") is not None for r in done):
+            return quantity
+    raise TrainingError(
+        "with some seeds no validation structure has forces, with others none has an energy, so that methods cannot be "
+        "compared: give validation structures with --valid"
+    )
 
 
 def _is_equivariant(label: str) -> bool:

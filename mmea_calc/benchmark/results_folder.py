@@ -12,6 +12,7 @@ from typing import Any
 
 from ..backbone import Backbone
 from ..config import BenchmarkConfig
+from ..data.reference_energies import identity_of
 from ..errors import TrainingError
 from ..files import json_ready, write_text
 from .tasks import Task
@@ -34,7 +35,7 @@ def shared_settings(task: Task, config: BenchmarkConfig, backbone: Backbone | No
         "epochs": config.epochs,
         "dtype": config.dtype,
         "compile": config.compile,
-        "E0s": reference_energies_of(task, config),
+        "E0s": identity_of(reference_energies_of(task, config)),
         "valid_fraction": valid_fraction(task, config),
         "data": {
             s.name: {"train": s.train.hash, "valid": None if s.valid is None else s.valid.hash} for s in task.systems

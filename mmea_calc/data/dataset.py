@@ -122,6 +122,10 @@ class Dataset:
 
         return first_of_each(self.structures)
 
+    def comparable(self) -> Sequence[bool]:
+        """Whether each structure has an energy or forces, which predictions can be compared with."""
+        return [s.energy is not None or s.forces is not None for s in self.structures]
+
     def for_report(self, backbone_elements: Sequence[int], r_max: float | None) -> Dataset:
         """The structures that a report on the data looks at: all of those in memory."""
         return self
@@ -144,14 +148,14 @@ def composition(structures: Sequence[Labelled], elements: Sequence[int]) -> Floa
 def split(dataset: Dataset, valid_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Set structures aside for validation, drawn at random; which ones is in `Dataset.indices` of both parts.
 
-    The same geometry several times stays on one side.
+    The same geometry several times stays on one side, and what has neither energy nor forces on that of training.
 
     Args:
         valid_fraction: between 0 and 1; at least one structure goes to either part.
         seed: of a generator of its own (PCG64); numpy's global one is not touched.
 
     Raises:
-        DataError: the fraction is not between 0 and 1, or there are fewer than two structures.
+        DataError: the fraction is not between 0 and 1, or there are fewer than two structures, or none to validate on.
     """
     if not 0.0 < valid_fraction < 1.0:
         raise DataError(f"valid_fraction must lie between 0 and 1, got {valid_fraction}")
@@ -165,10 +169,13 @@ def split(dataset: Dataset, valid_fraction: float, seed: int) -> tuple[Dataset, 
         wholes.setdefault(first[i], []).append(i)
     if len(wholes) < 2:
         raise DataError(f"{dataset.name}: all {n} structures are one geometry: there is nothing to validate on")
+    comparable = dataset.comparable()
     valid: list[int] = []
     for members in list(wholes.values())[:-1]:
-        if len(valid) < n_valid:
+        if len(valid) < n_valid and any(comparable[i] for i in members):
             valid += members
+    if not valid:
+        raise DataError(f"{dataset.name}: of {n} structures fewer than two have an energy or forces: give more")
     train = sorted(set(range(n)) - set(valid))
     return dataset.subset(train, f"{dataset.name} (train)"), dataset.subset(sorted(valid), f"{dataset.name} (valid)")
 

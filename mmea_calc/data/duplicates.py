@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,16 +61,31 @@ def fingerprints(structures: Sequence[Labelled]) -> list[tuple[Hashable, Hashabl
     return result
 
 
+class FirstOfEach:
+    """Structures one after the other: for each the number of the first one with the same geometry.
+
+    What is kept of a structure is two numbers of eight bytes.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, int] = {}
+        self._n = 0
+
+    def of(self, item: Labelled) -> int:
+        """Of the next structure; its own number if none before it has its geometry."""
+        (prints,) = fingerprints([item])
+        keys = [blake2b(repr(p).encode(), digest_size=8).digest() for p in prints]
+        first = next((self._seen[key] for key in keys if key in self._seen), self._n)
+        for key in keys:
+            self._seen.setdefault(key, first)
+        self._n += 1
+        return first
+
+
 def first_of_each(structures: Sequence[Labelled]) -> list[int]:
     """For every structure the number of the first one with the same geometry."""
-    seen: dict[Hashable, int] = {}
-    found = []
-    for i, prints in enumerate(fingerprints(structures)):
-        first = next((seen[p] for p in prints if p in seen), i)
-        for p in prints:
-            seen.setdefault(p, first)
-        found.append(first)
-    return found
+    seen = FirstOfEach()
+    return [seen.of(item) for item in structures]
 
 
 def find_duplicates(dataset: Dataset) -> tuple[int, list[str]]:

@@ -13,6 +13,8 @@
     structures/stress       (n, 3, 3) float64, eV/A^3; NaN where there is none
     structures/cell         (n, 3, 3) float64, A; structures/pbc (n, 3) bool
     structures/config_type, structures/source (n,) numbers in the lists above; structures/index (n,), place in the file
+    structures/first        (n,) int64, the first structure with the same geometry; files of earlier versions lack this
+    structures/charge, structures/spin (n,) float64, total charge (e) and multiplicity; they may lack these too
     atoms/numbers           (n_atoms,) uint8
     atoms/positions         (n_atoms, 3) float64, A; atoms/forces (n_atoms, 3) float64, eV/A, NaN where there are none
     edges/atoms             (n_edges, 2) uint16, sender and receiver within the structure
@@ -26,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,10 +125,22 @@ class PreparedFile:
         self.has: NDArray[np.uint8] = self._file["structures/has"][:]
         self.ends = {name: self._file[f"structures/{name}_end"][:] for name in ("atoms", "edges", "shifts")}
         self._data = {name: self._file[name] for name in _READ}
+        self.charges = self._charges()
         self._recent: OrderedDict[int, Atoms] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.has)
+
+    def _charges(self) -> dict[int, tuple[float, float]]:
+        """Total charge and spin multiplicity of the structures that are no neutral singlets."""
+        if "structures/charge" not in self._file:
+            return {}
+        charge, spin = self.column("charge"), self.column("spin")
+        return {int(row): (float(charge[row]), float(spin[row])) for row in np.flatnonzero((charge != 0) | (spin != 1))}
+
+    def first(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first structure with the same geometry; of files that do not say so each itself."""
+        return self.column("first", rows) if "structures/first" in self._file else rows
 
     def column(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
         """A number of every structure, or of the given ones."""
@@ -166,6 +180,8 @@ class PreparedFile:
             cell, pbc = self._data["structures/cell"][row], self._data["structures/pbc"][row]
         numbers = self._data["atoms/numbers"][span].astype(np.int64)
         atoms = Atoms(numbers, self._data["atoms/positions"][span], cell=cell, pbc=pbc)
+        if row in self.charges:
+            atoms.info["charge"], atoms.info["spin"] = self.charges[row]
         self._recent[row] = atoms
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
@@ -275,9 +291,15 @@ class PreparedDataset(Dataset):
             rows=rows,
         )
 
-    def graphs(self, r_max: float) -> Sequence[Graph]:
-        """The stored neighbour lists. Raises DataError if they are of another cutoff than `r_max` (A)."""
+    def graphs(self, r_max: float, check: Callable[[Atoms], None] = lambda atoms: None) -> Sequence[Graph]:
+        """The stored neighbour lists; `check` is given the first structure that is no neutral singlet, if there is one.
+
+        Raises:
+            DataError: they are of another cutoff than `r_max` (A).
+        """
         self.check_cutoff(r_max)
+        if (row := next((row for row in self.rows.tolist() if row in self.file.charges), None)) is not None:
+            check(self.file.structure(row).atoms)
         return _Graphs(self.file, self.rows)
 
     def label_counts(self, indices: Sequence[int]) -> LabelCounts:
@@ -302,8 +324,13 @@ class PreparedDataset(Dataset):
         return self.subset(sorted(chosen))
 
     def first_of_its_geometry(self) -> Sequence[int]:
-        """Not looked at: all structures would be read."""
-        return range(len(self))
+        """As `prepare` found it."""
+        seen: dict[int, int] = {}
+        return [seen.setdefault(first, i) for i, first in enumerate(self.file.first(self.rows).tolist())]
+
+    def comparable(self) -> Sequence[bool]:
+        has: list[bool] = (self.file.has[self.rows] & (HAS["energy"] | HAS["forces"]) > 0).tolist()
+        return has
 
     def for_report(self, backbone_elements: Sequence[int], r_max: float | None) -> Dataset:
         """A sample in memory.

@@ -19,18 +19,21 @@ import numpy as np
 
 from ..errors import DataError
 from ..files import replacing
-from ..graph import build_graph, check_elements, shifts_as_given
+from ..graph import build_graph, charge_of, check_elements, shifts_as_given, spin_of
 from .dataset import LABELS, ContentHash, Label, Labelled
+from .duplicates import FirstOfEach
 from .preflight import shortest_distance
 from .prepared import FORMAT, HAS, VERSION, PreparedDataset, element_mask, is_prepared, open_prepared
 from .reading import (
     LABEL_KEYS,
     existing_keys,
     is_isolated,
+    is_isolated_atom,
     isolated_energies,
     iterate_frames,
     labelled_structure,
     lookup_label,
+    mixed_key_notes,
 )
 
 # Structures that are written at once.
@@ -51,6 +54,9 @@ _COLUMNS: Mapping[str, tuple[tuple[int, ...], str]] = {
     "structures/config_type": ((), "<u4"),
     "structures/source": ((), "<u2"),
     "structures/index": ((), "<i8"),
+    "structures/first": ((), "<i8"),
+    "structures/charge": ((), "<f8"),
+    "structures/spin": ((), "<f8"),
     "atoms/numbers": ((), "|u1"),
     "atoms/positions": ((3,), "<f8"),
     "atoms/forces": ((3,), "<f8"),
@@ -109,6 +115,7 @@ def prepare(
                     progress(done, total)
         progress(done, total)
         notes = [note for path, s in zip(files, surveys, strict=True) for note in s.notes(path)]
+        notes += mixed_key_notes(joined)
         writer.describe(name=", ".join(p.name for p in files), keys=joined, notes=notes)
     return open_prepared(output)
 
@@ -141,6 +148,7 @@ class PreparedWriter:
         self._hash, self._alone = ContentHash(), list[Labelled]()
         self._counts: Counter[str] = Counter()
         self._mask = np.zeros(2, dtype=np.uint64)
+        self._first = FirstOfEach()
         self._lists: dict[str, dict[str, int]] = {"config_types": {}, "sources": {}}
         self._info: dict[str, Any] = {"name": None, "keys": dict.fromkeys(LABELS), "notes": []}
         for name, (shape, kind) in _COLUMNS.items():
@@ -191,6 +199,9 @@ class PreparedWriter:
             "structures/config_type": [self._number("config_types", item.config_type)],
             "structures/source": [self._number("sources", item.source)],
             "structures/index": [item.index],
+            "structures/first": [self._first.of(item)],
+            "structures/charge": [charge_of(atoms)],
+            "structures/spin": [spin_of(atoms)],
             "atoms/numbers": atoms.numbers,
             "atoms/positions": atoms.positions,
             "atoms/forces": np.full((len(atoms), 3), np.nan) if item.forces is None else item.forces,
@@ -256,6 +267,14 @@ class _Survey:
     counts: Counter[tuple[Label, str]] = field(default_factory=Counter)
     only_plain: Counter[Label] = field(default_factory=Counter)
     first: list[Any] = field(default_factory=list)  # frames, for messages
+    isolated: bool = True  # atoms, and nothing else
+
+    def key_of(self, name: Label, wanted: str | None) -> str | None:
+        """As `read_dataset` chooses the key of a label in one file."""
+        detected = next((k for k in LABEL_KEYS[name] if self.counts[name, k]), None)
+        if wanted is None:
+            return detected
+        return (detected or wanted) if self.isolated and not self.counts[name, wanted] else wanted
 
     def notes(self, path: Path) -> list[str]:
         return [
@@ -270,13 +289,15 @@ def _survey(path: Path, named: Mapping[Label, str | None], progress: Callable[[i
     survey = _Survey()
     for atoms in iterate_frames(path):
         survey.n += 1
+        survey.isolated = survey.isolated and is_isolated_atom(atoms)
         if len(survey.first) < 10:
             survey.first.append(atoms)
         for name in LABELS:
-            candidates = (named[name],) if named[name] is not None else LABEL_KEYS[name]
-            found = [k for k in candidates if k is not None and lookup_label(atoms, name, k) is not None]
+            wanted = named[name]
+            candidates = dict.fromkeys(LABEL_KEYS[name] if wanted is None else (wanted, *LABEL_KEYS[name]))
+            found = [k for k in candidates if lookup_label(atoms, name, k) is not None]
             survey.counts.update((name, key) for key in found)
-            if named[name] is None and found == [LABEL_KEYS[name][1]]:
+            if wanted is None and found == [LABEL_KEYS[name][1]]:
                 survey.only_plain[name] += 1
         if survey.n % _TOGETHER == 0:
             progress(survey.n, None)
@@ -292,10 +313,7 @@ def _choose(
     for name, key in named.items():
         if key is not None and not any(s.counts[name, key] for s in surveys):
             raise DataError(f"{name}_key {key!r} is in no structure of {names}; {exist}")
-    chosen = [
-        {name: named[name] or next((k for k in LABEL_KEYS[name] if s.counts[name, k]), None) for name in LABELS}
-        for s in surveys
-    ]
+    chosen = [{name: s.key_of(name, named[name]) for name in LABELS} for s in surveys]
     if not any(key for own in chosen for key in own.values()):
         known = ", ".join(k for keys in LABEL_KEYS.values() for k in keys)
         raise DataError(

@@ -7,7 +7,7 @@ order xx, yy, zz, yz, xz, xy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def read_dataset(
 
     Args:
         path: file or files; several are joined in order.
-        energy_key, forces_key, stress_key: keys to use instead of the detected ones.
+        energy_key, forces_key, stress_key: keys to use instead of the detected ones. A file of nothing but isolated
+            atoms that lacks them is read as if none were named: it often comes from elsewhere.
 
     Raises:
         DataError: a file is missing, empty or unreadable; a named key does not exist; there is no label at all; a
@@ -72,7 +73,7 @@ def read_dataset(
     named: dict[Label, str | None] = {"energy": energy_key, "forces": forces_key, "stress": stress_key}
     _check_named_keys(named, files)
     # Keys are detected per file: isolated atoms often come from another program than the training set.
-    chosen = [{name: named[name] or _detect_key(frames, name) for name in LABELS} for _, frames in files]
+    chosen = [{name: _key_of(frames, name, named[name]) for name in LABELS} for _, frames in files]
     joined = {name: " | ".join(dict.fromkeys(k for c in chosen if (k := c[name]))) or None for name in LABELS}
     if not any(joined.values()):
         raise DataError(
@@ -161,6 +162,14 @@ def _detect_key(frames: Sequence[Atoms], name: Label) -> str | None:
     return next((k for k in LABEL_KEYS[name] if any(lookup_label(a, name, k) is not None for a in frames)), None)
 
 
+def _key_of(frames: Sequence[Atoms], name: Label, wanted: str | None) -> str | None:
+    """The key of a label in one file: the one that is wanted, if any is, except among isolated atoms that lack it."""
+    if wanted is None:
+        return _detect_key(frames, name)
+    lacking = all(is_isolated_atom(a) and lookup_label(a, name, wanted) is None for a in frames)
+    return (_detect_key(frames, name) or wanted) if lacking else wanted
+
+
 def existing_keys(files: Sequence[tuple[Path, list[Atoms]]]) -> str:
     """A sentence that lists the keys in the files."""
     per_structure: Counter[str] = Counter()
@@ -207,16 +216,21 @@ def _key_notes(
             f"no forces found, energies alone are used; {', '.join(others)} would fit: is one of them the forces "
             "(forces_key)?"
         )
-    for name, key in joined.items():
-        if key and " | " in key:
-            notes.append(
-                f"{name} comes from different keys in different files ({key}): is it the same level of theory?"
-            )
+    notes += mixed_key_notes(joined)
     prefixes = {str(k).replace(str(name), "", 1) for name, k in joined.items() if k and " | " not in k}
     if len(prefixes) > 1:
         pairs = ", ".join(f"{name} from {k!r}" for name, k in joined.items() if k)
         notes.append(f"labels come from keys of different kinds ({pairs}): are they from the same calculation?")
     return notes
+
+
+def mixed_key_notes(joined: Mapping[Any, str | None]) -> list[str]:
+    """Of labels whose keys, joined by " | ", are not the same in all files."""
+    return [
+        f"{name} comes from different keys in different files ({key}): is it the same level of theory?"
+        for name, key in joined.items()
+        if key and " | " in key
+    ]
 
 
 def _like_forces(files: Sequence[tuple[Path, list[Atoms]]]) -> list[str]:
@@ -306,6 +320,11 @@ def is_isolated(item: Labelled) -> bool:
             f"{item.where} is marked as an isolated atom ({item.config_type}) but has {len(item.atoms)} atoms"
         )
     return marked or (len(item.atoms) == 1 and not len(neighbours(item.atoms, _APART_A).distances))
+
+
+def is_isolated_atom(atoms: Atoms) -> bool:
+    """`is_isolated`, of a frame whose labels have not been read."""
+    return len(atoms) == 1 and is_isolated(Labelled(atoms, config_type=str(atoms.info.get("config_type", "Default"))))
 
 
 def isolated_energies(alone: Sequence[Labelled]) -> dict[int, float]:

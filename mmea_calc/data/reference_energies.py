@@ -8,6 +8,7 @@ resolution of 1 meV in float32.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .reading import Dataset, composition, read_dataset
+from .reading import Dataset, composition, lookup_label, read_dataset, read_frames
 
 FloatArray = NDArray[np.float64]
 Spec = str | Mapping[Any, Any] | Path | None
@@ -93,8 +94,20 @@ def resolve_reference_energies(
             missing = sorted(set(train.elements) - set(train.isolated_atoms))
             chosen.warnings.append(f"isolated atoms are not used, since those of {_symbols(missing)} are missing")
     else:
-        chosen = _given(_parse(name), train, backbone)
+        chosen = _given(_parse(name, train.keys.get("energy")), train, backbone)
     return _with_residual(chosen, problem, backbone)
+
+
+def identity_of(spec: Spec) -> str | None:
+    """Equal for two specifications that say the same: of a file the name and what is in it."""
+    if spec is None or isinstance(spec, Mapping):
+        return None if spec is None else repr(dict(spec))
+    path = Path(spec)
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError):  # the name of a method, or the energies themselves
+        return str(spec)
+    return f"{path} (sha256 {hashlib.sha256(content).hexdigest()})"
 
 
 @dataclass(frozen=True)
@@ -260,7 +273,8 @@ def _with_residual(chosen: ReferenceEnergies, problem: _Problem, backbone: HasAt
 # Given energies -----------------------------------------------------------------------------------------------------
 
 
-def _parse(spec: str | Mapping[Any, Any] | Path) -> dict[int, float]:
+def _parse(spec: str | Mapping[Any, Any] | Path, energy_key: str | None) -> dict[int, float]:
+    """Energies by atomic number; those of a file of structures under `energy_key`, where it has that."""
     if isinstance(spec, Mapping):
         return _checked(spec, "the dictionary")
     if isinstance(spec, str) and spec.startswith("{"):
@@ -278,7 +292,8 @@ def _parse(spec: str | Mapping[Any, Any] | Path) -> dict[int, float]:
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise DataError(f"{path}: cannot be read as JSON or YAML ({' '.join(str(error).split())})") from error
         return _checked(content, str(path))
-    if energies := read_dataset(path).isolated_atoms:
+    has_key = energy_key and any(lookup_label(atoms, "energy", energy_key) is not None for atoms in read_frames(path))
+    if energies := read_dataset(path, energy_key=energy_key if has_key else None).isolated_atoms:
         return energies
     raise DataError(f"{path}: holds no isolated atoms with energies; expected single atoms, or a JSON or YAML file")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..adapter_file import is_adapter
 from ..config import TrainConfig
-from ..errors import TrainingError
+from ..data.dataset import LABELS, Dataset
+from ..errors import DataError, TrainingError
 from .optimiser import check_optimiser
 from .team import Team
 
@@ -29,6 +30,15 @@ def check_settings(training: TrainConfig, team: Team) -> None:
     if not 0 <= training.ema_decay < 1:
         raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
     check_optimiser(training)
+
+
+def check_labels(train: Dataset, valid: Dataset, test: Dataset | None) -> None:
+    """Raise a DataError for sets that nothing could be learnt from, or compared with."""
+    if not any(train.counts[name] for name in LABELS):
+        raise DataError(f"{train.name}: no structure has a label: there is nothing to learn")
+    for dataset in (valid, test):
+        if dataset is not None and not (dataset.counts["energy"] or dataset.counts["forces"]):
+            raise DataError(f"{dataset.name}: expected structures with energies or forces to compare with, found none")
 
 
 def check_writable(output: Path, run_dir: Path) -> None:

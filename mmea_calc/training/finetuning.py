@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..adapted import Adapter, attach
-from ..adapter_file import AdapterFile, backbone_for, read_adapter, write_adapter
+from ..adapter_file import AdapterFile, backbone_for, named_after, read_adapter, write_adapter
 from ..backbone import Backbone
 from ..config import AdapterConfig, TrainConfig, to_dict
 from ..data.dataset import Dataset
@@ -33,7 +33,7 @@ from ..potential import Potential
 from ..sparsity import Sparsity, sparsity
 from ..updates import SoftThreshold
 from .auto import AUTO, Decision, decide
-from .finetune_checks import check_settings, check_writable
+from .finetune_checks import check_labels, check_settings, check_writable
 from .parallel import merge_ranges, total_energies
 from .replay import Replay, replay_structures
 from .run_folder import DATA, RunFolder, versions
@@ -114,7 +114,7 @@ def finetuning(
         E0s: see `resolve_reference_energies`.
         level_of_theory: of the labels, kept in the file; later checks compare like with like by it.
         report: of `preflight` on these data, where it has been made already.
-        run_dir: run folder; the output's name with `.run` if not given.
+        run_dir: run folder; the output's name with `.run` in the place of `.adapter` if not given.
         resume: go on from the run folder's checkpoint.
         progress: told what happens, in the first process.
         team: processes that train this adapter together (`team.joined`); `training.batch_size` counts the structures
@@ -131,7 +131,7 @@ def finetuning(
     adapter = _form(adapter, start)
     check_settings(training, team)
     output = Path(output)
-    run_dir = Path(run_dir) if run_dir is not None else output.with_suffix(".run")
+    run_dir = Path(run_dir) if run_dir is not None else named_after(output, ".run")
     if team.leads:
         check_writable(output, run_dir)
     if not isinstance(backbone, Backbone):
@@ -141,6 +141,7 @@ def finetuning(
     report = report or preflight(train, valid, test, backbone_elements=backbone.elements, r_max=backbone.r_max)
     if valid is None:
         train, valid = split(train, training.valid_fraction, training.seed)
+    check_labels(train, valid, test)
     potential = Potential(backbone)
     samples = Samples(train, potential), Samples(valid, potential)
     decision = None
@@ -195,6 +196,8 @@ def _reference_energies(
     train, graphs = samples.for_reference_energies(train)
     totals = total_energies(team, potential, graphs)
     reference = [sum(base.atomic_energies[int(z)] for z in s.atoms.numbers) for s in train.structures]
+    if isinstance(spec, str) and spec.strip() == "backbone":  # not those of an adapter to start from
+        base.atomic_energies = potential.backbone.atomic_energies
     return team.from_first(lambda: resolve_reference_energies(spec, train, base, totals.numpy() - np.array(reference)))
 
 
@@ -348,7 +351,9 @@ class _Run:
         backbone = self.potential.backbone
         # Elements that only the adapter of the start knows keep its energies.
         known = set(self.train.elements) | set(self.start.elements if self.start else ())
-        used = {z: self.energies.energies[z] for z in sorted(known)}
+        # What training and validation counted with, other elements' too where they are not the backbone's own.
+        own = backbone.atomic_energies
+        used = {z: e for z, e in sorted(self.energies.energies.items()) if z in known or e != own.get(z)}
         return AdapterFile(
             config=self.handle.config,
             tensors=self.handle.state_dict(),

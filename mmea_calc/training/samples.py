@@ -74,7 +74,7 @@ class Samples:
         self.structures, self.hash = dataset.structures, dataset.hash
         self._prepared = dataset if isinstance(dataset, PreparedDataset) else None
         if self._prepared is not None:
-            self.graphs = self._prepared.graphs(potential.backbone.r_max)
+            self.graphs = self._prepared.graphs(potential.backbone.r_max, potential.check_charge)
             self.has_stress = self._prepared.counts["stress"] > 0
         else:
             self.graphs = [potential.graph(s.atoms) for s in self.structures]

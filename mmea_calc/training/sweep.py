@@ -1,7 +1,7 @@
 """Several trainings on the same data: a committee of seeds, or a grid of settings, in processes or on a cluster.
 
 Every training is one `Point`, carried out by `train_point` wherever that runs; its outcome is kept beside its adapter
-as `NAME.json`, and a point that has one with the same settings and data files is not trained again.
+as `NAME.json`, and a point that has one with the same settings and files is not trained again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
+from ..adapter_file import named_after
+from ..config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
+from ..data.reference_energies import identity_of
 from ..errors import MMEAError, TrainingError
 from ..fast.memory import keep_freed_memory
 from ..files import json_ready, write_text
@@ -57,15 +59,21 @@ class Point:
 
     @property
     def result_file(self) -> Path:
-        return self.output.with_suffix(".json")
+        return named_after(self.output, ".json")
 
     def identity(self) -> dict[str, Any]:
         """What an outcome must agree with to be that of this point."""
         training = {k: v for k, v in to_dict(self.training).items() if k != "device"}
         options = {k: str(v) for k, v in sorted(self.options.items()) if v is not None}
-        paths = [*self.train, *(self.options[name] for name in ("valid", "test") if self.options.get(name))]
+        if "init" not in options:
+            options.setdefault("backbone", DEFAULT_BACKBONE)
+        named = (self.options.get(name) for name in ("valid", "test", "init", "backbone"))
+        paths = [*self.train, *(path for path in named if path)]
         files = [[str(p), Path(p).stat().st_size, Path(p).stat().st_mtime_ns] for p in paths if Path(p).exists()]
-        return dict(json_ready({**to_dict(self.adapter), **training, "options": options, "files": files}))
+        energies = identity_of(self.options.get("E0s"))
+        return dict(
+            json_ready({**to_dict(self.adapter), **training, "options": options, "E0s": energies, "files": files})
+        )
 
 
 @dataclass(frozen=True)
@@ -143,11 +151,12 @@ def committee(n: int, point: Point) -> list[Point]:
     members = []
     for k in range(n):
         seed = point.training.seed + k
-        output = point.output.with_name(f"{point.output.stem}-{k + 1}{point.output.suffix}")
+        ending = ".adapter" if point.output.suffix == ".adapter" else ""
+        output = named_after(point.output, f"-{k + 1}{ending}")
         members.append(
             replace(
                 point,
-                name=output.stem,
+                name=output.name.removesuffix(".adapter"),
                 varied={"seed": seed},
                 adapter=replace(point.adapter, seed=seed),
                 training=replace(point.training, seed=seed),
