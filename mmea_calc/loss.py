@@ -42,7 +42,7 @@ def collect_labels(structures: Sequence[Labelled], *, dtype: torch.dtype, device
     """Labels of the structures of a batch, in its order."""
 
     def to(values: object, kind: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.float64)).to(device=device, dtype=kind)
+        return torch.as_tensor(np.ascontiguousarray(values, dtype=np.float64)).to(device=device, dtype=kind)
 
     counts = np.array([len(s.atoms) for s in structures])
     has_forces = np.repeat([s.forces is not None for s in structures], counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -265,6 +266,33 @@ def test_one_program_serves_all_adapters_and_sees_every_change(monkeypatch: pyte
     changed = potential.predict(batch, stress=True).forces
     assert changed is not None
     assert float((changed - after).abs().max()) > 1e-3
+
+
+@pytest.mark.usefixtures("program")
+def test_how_entries_lie_in_memory_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code looks at addresses alone."""
+    counted, potential = Counted(monkeypatch), small_potential()
+    batch = batches()["molecule"]
+    assert_agree(potential, batch)
+    columns = {k: t.T.contiguous().T if t.dim() == 2 else t for k, t in batch.tensors.items()}
+    assert not columns["positions"].is_contiguous()
+    assert_agree(potential, replace(batch, tensors=columns))
+    assert counted.calls == 2
+
+
+@pytest.mark.usefixtures("program")
+def test_a_batch_without_finite_forces_says_nothing_about_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted, potential = Counted(monkeypatch), small_potential()
+    same = ethanol()
+    same.positions[1] = same.positions[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        potential.predict(batch_of(same), stress=True)
+        assert potential.unproven(stress=True)
+        counted.calls = 0
+        assert_agree(potential, batches()["molecule"])
+    assert counted.calls == 1
+    assert not potential.unproven(stress=True)
 
 
 @pytest.mark.usefixtures("program")

@@ -445,6 +445,16 @@ def test_what_is_refused_is_refused_with_the_reason() -> None:
         CompiledGradient(potential, adapter, CONFIG)
 
 
+def test_labels_lie_row_by_row_however_they_were_given() -> None:
+    """Extended xyz gives columns, and machine code looks at addresses alone."""
+    item = labelled(ethanol())[0]
+    assert item.forces is not None
+    turned = replace(item, forces=np.asfortranarray(item.forces))
+    one, other = (collect_labels([s], dtype=torch.float64, device=torch.device("cpu")) for s in (item, turned))
+    assert torch.equal(one.forces, other.forces)
+    assert other.forces.is_contiguous()
+
+
 def test_targets_hold_what_is_labelled() -> None:
     potential = Potential(small_backbone_around(random_network(), dict.fromkeys((1, 6, 8), -1.5)))
     structures = labelled(*STRUCTURES)

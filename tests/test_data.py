@@ -209,6 +209,12 @@ def test_constraints_do_not_change_forces(tmp_path: Path) -> None:
     assert not data.structures[0].atoms.constraints
 
 
+def test_forces_lie_row_by_row(tmp_path: Path) -> None:
+    """ASE's reader of extended xyz gives columns for names that it does not know."""
+    data = read_dataset(write(tmp_path / "a.xyz", labelled()))
+    assert all(s.forces is not None and s.forces.flags.c_contiguous for s in data.structures)
+
+
 def test_several_files_keep_their_own_keys_and_indices(tmp_path: Path) -> None:
     one = write(tmp_path / "one.xyz", labelled(2))
     two = write(tmp_path / "two.xyz", [with_calculator(water(7), energy=-3.0)])

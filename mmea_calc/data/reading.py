@@ -279,7 +279,7 @@ def _floats(value: Any, what: str, expected: str) -> FloatArray:
         array = np.asarray(value)
         if array.dtype.kind not in "iuf":
             raise ValueError("not numbers")
-        return np.array(array, dtype=np.float64)
+        return np.array(array, dtype=np.float64, order="C")
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} is {value!r}: expected {expected}") from error
 

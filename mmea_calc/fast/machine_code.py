@@ -110,10 +110,12 @@ class Program:
 
     def values(self, known: Mapping[str, Tensor]) -> list[Tensor]:
         """The values in their order, from tensors by name."""
-        return [(self.fixed[name] if name in self.fixed else known[name]).detach() for name in self.names]
+        return [(self.fixed[name] if name in self.fixed else known[name]).detach().contiguous() for name in self.names]
 
     def __call__(self, inputs: list[Tensor], values: list[Tensor]) -> list[Tensor]:
         """Results for the tensors of a batch."""
+        # The code takes it that entries lie in their order, and looks at nothing but addresses.
+        inputs = [t if t.is_contiguous() else t.contiguous() for t in inputs]
         with _current(self._device):  # its operations go to the stream of the current device
             return self._run([*inputs, *values])
 
@@ -152,7 +154,7 @@ def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:
             name = f"fixed.{i}"
             fixed[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         names.append(name)
-    inputs = [*traced.inputs, *traced.constants]
+    inputs = [t.contiguous() for t in (*traced.inputs, *traced.constants)]
     dynamic: list[set[int]] = [*traced.dynamic, *(set() for _ in traced.constants)]
     # On a GPU inductor counts with 32 bits unless told how large things may become, and judges by the example's size.
     on_gpu = any(t.device.type == "cuda" for t in inputs)
