@@ -92,12 +92,12 @@ def check(
     model = {k: v for k, v in {"head": head, "device": device, "dtype": dtype}.items() if v is not None}
     potential = open_potential(adapter, backbone=backbone, **model)  # type: ignore[arg-type]
     report = _measure(potential, atoms, config, labelled, level or _level(adapter), force)
-    _keep(adapter, report)
     if plot is not None:
         from mmea_calc.check.plots import page
 
         page(report, plot, title=f"{Path(adapter).name}, {report.formula}")
     _print(report, adapter, plot, as_json)
+    _conclude(report, adapter, as_json)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -146,20 +146,27 @@ def _measure(
         return measure(potential, atoms, config, labels=labels, level_of_theory=level, force=force, progress=progress)
 
 
-def _keep(adapter: str, report: CheckReport) -> None:
-    """Write the verdict into the adapter's header, beside the verdicts of other checks."""
+def _conclude(report: CheckReport, adapter: str, as_json: bool) -> None:
+    """Write the verdict into the adapter's header, beside the verdicts of other checks, and tell it."""
     from mmea_calc.adapter_file import is_adapter, read_adapter, update_adapter
+    from mmea_calc.errors import AdapterFileError
 
-    if not is_adapter(adapter):
-        return
+    from .console import say
 
-    verdict = report.to_dict(curves=False)
-    update_adapter(adapter, checks={**read_adapter(adapter).checks, CHECK: verdict})
+    kept = ""
+    if is_adapter(adapter):
+        try:
+            checks = {**read_adapter(adapter).checks, CHECK: report.to_dict(curves=False)}
+            update_adapter(adapter, checks=checks)
+            kept = f"; the verdict is in {adapter}"
+        except AdapterFileError as problem:  # a file of somebody else's: the check itself is done
+            typer.echo(f"warning: the verdict is not kept in the adapter: {problem}", err=True)
+    if not as_json:
+        verdict = "sound" if report.passed else "not sound"
+        say(f"{adapter} is {verdict} for {report.formula} (checked in {duration(report.seconds)}){kept}")
 
 
 def _print(report: CheckReport, adapter: str, plot: Path | None, as_json: bool) -> None:
-    from mmea_calc.adapter_file import is_adapter
-
     from .console import out, print_json, say, table
 
     if as_json:
@@ -180,6 +187,3 @@ def _print(report: CheckReport, adapter: str, plot: Path | None, as_json: bool) 
         say(failure, style="red")
     if plot is not None:
         say(f"{plot} written")
-    kept = f"; the verdict is in {adapter}" if is_adapter(adapter) else ""
-    verdict = "sound" if report.passed else "not sound"
-    say(f"{adapter} is {verdict} for {report.formula} (checked in {duration(report.seconds)}){kept}")

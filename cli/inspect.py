@@ -36,7 +36,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every path included, for programs.")] = False,
 ) -> None:
     """Draw what an adapter does: the weights that it changes, by order and path; gains and shifts of its gates."""
-    from mmea_calc.adapter_file import read_adapter
+    from mmea_calc.adapter_file import named_after, read_adapter
     from mmea_calc.inspection import inspect as look
     from mmea_calc.inspection_picture import draw
     from mmea_calc.plots import check_picture
@@ -44,7 +44,7 @@ def inspect(
 
     from .console import print_json
 
-    place = output or file.with_suffix(".inspect.png")
+    place = output or named_after(file, ".inspect.png")
     check_picture(place)
     content = read_adapter(file)
     structures: list[Atoms] = []

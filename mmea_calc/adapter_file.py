@@ -233,8 +233,15 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 
 def update_adapter(path: str | Path, **changes: Any) -> AdapterFile:
-    """Change fields of a stored adapter, such as `checks`, leaving its tensors as they are. Raises AdapterFileError."""
-    changed = replace(read_adapter(path), **changes)
+    """Change fields of a stored adapter, such as `checks`, leaving its tensors as they are.
+
+    Raises:
+        AdapterFileError: it cannot be read or written, or is one of `embedded_adapters`.
+    """
+    file = read_adapter(path)
+    if file.path is not None and file.path.parent == EMBEDDED:
+        raise AdapterFileError(f"{path} comes with mmea and stays as it is: copy it, and name the copy")
+    changed = replace(file, **changes)
     write_adapter(path, changed)
     return changed
 

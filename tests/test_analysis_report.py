@@ -62,8 +62,9 @@ def make_run(
     velocities: bool = True,
     spacing: float = 1.0,
     events: Sequence[dict[str, Any]] = (),
+    absent: int = 0,
 ) -> Path:
-    """Two replicas at 300 and 900 K of every structure, written as a run writes them."""
+    """Two replicas at 300 and 900 K of every structure, written as a run writes them; the first few without frames."""
     folder.mkdir(exist_ok=True)
     starts = [molecule("CH3CH2OH")] if structures is None else structures
     config = {"ensemble": "nvt", "friction_per_fs": 0.001, "temperatures_K": [300.0, 900.0]}
@@ -76,7 +77,7 @@ def make_run(
         members.append(Member(name, s, kelvin, k, atoms.numbers, atoms.get_masses(), cell, pbc))  # type: ignore[arg-type]
     data = [swinging(starts[s], kelvin, n, k) for s, kelvin, k in which]
     writer = TrajectoryWriter(folder, members, Settings("float32", velocities, n, n, config))
-    alive = np.ones(len(members), dtype=bool)
+    alive = np.arange(len(members)) >= absent
     for i in range(n):
         time_ps = spacing * SPACING_FS * i / 1000
         positions, speeds = (np.concatenate([d[j][i] for d in data]) for j in (0, 1))
@@ -277,6 +278,16 @@ def test_a_crystal_has_radial_distributions_and_displacements(tmp_path: Path) ->
     assert set(read_csv(tmp_path / "out" / "rdf.csv")["pair"]) == {"all", "Na-Na", "Na-Cl", "Cl-Cl"}
     assert set(read_csv(tmp_path / "out" / "msd.csv")["element"]) == {"Na", "Cl"}
     assert "half the height of the cell" in result.page.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("unpainted")
+@pytest.mark.parametrize("atoms", [molecule("CH3CH2OH"), bulk("C", "diamond", a=3.567, cubic=True)])
+def test_bonds_and_cell_are_those_of_a_replica_that_has_frames(tmp_path: Path, atoms: Atoms) -> None:
+    one, other = (
+        {p.stem for p in analyse(make_run(tmp_path / f"r{n}", 60, [atoms], absent=n)).files if p.suffix == ".csv"}
+        for n in (0, 1)
+    )
+    assert one == other >= {"bonds"}
 
 
 @pytest.mark.usefixtures("unpainted")

@@ -14,12 +14,14 @@ from ase.io import write
 from commands import mmea
 from typer.testing import Result
 
+from mmea_calc import adapter_file
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import AdapterFile, read_adapter, write_adapter
 from mmea_calc.backbone import load_backbone
 from mmea_calc.check import forgetting, measure
 from mmea_calc.config import AdapterConfig
 from mmea_calc.data.dataset import Labelled
+from mmea_calc.errors import AdapterFileError
 from mmea_calc.potential import Potential
 
 SHORT = ["--ramp-time", "8fs", "--nve-time", "12fs", "--replicas", "2", "--device", "cpu"]
@@ -104,11 +106,43 @@ def test_a_backbone_is_checked_and_nothing_is_written(water: Path, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["water.xyz"]
 
 
+def test_a_verdict_that_cannot_be_kept_is_told_all_the_same(
+    adapter: Path, water: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, file: AdapterFile) -> Path:
+        raise AdapterFileError(f"{path} cannot be written")
+
+    monkeypatch.setattr(adapter_file, "write_adapter", refuse)
+    result = mmea("check", adapter, water, *SHORT, "--level", "PBE/def2-SVP", "--plot", tmp_path / "page.png")
+    assert result.exit_code == 0, result.output
+    assert "is sound for H2O" in result.stdout
+    assert "the verdict is in" not in result.stdout
+    assert "warning: the verdict is not kept in the adapter" in result.stderr
+    assert (tmp_path / "page.png").exists()
+
+
+def test_an_adapter_of_the_package_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterFileError, match="comes with mmea and stays as it is"):
+        adapter_file.update_adapter("gfn2-to-pbe.adapter", checks={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drift_that_is_not_measured_has_no_verdict(water: Path) -> None:
+    few = ["--ramp-time", "8fs", "--nve-time", "7fs", "--replicas", "1", "--device", "cpu"]
+    result = mmea("check", "mmea-organic-s", water, *few)
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.stdout.splitlines() if "NVE drift" in line)
+    assert not line.split("meV/atom/ps")[1].strip(" │|")
+
+
 def test_what_is_wrong_with_the_input_is_one_line(adapter: Path, water: Path, tmp_path: Path) -> None:
+    write(close := tmp_path / "close.xyz", Atoms("H2", [[0, 0, 0], [0, 0, 0.2]]))
     for arguments, words in (
         ((adapter, tmp_path / "no.xyz"), "no such file with a start structure"),
         ((adapter, adapter), "cannot be read as a structure"),
         ((adapter, water, "--ramp-time", "0fs"), "ramp_ps must be positive"),
+        ((adapter, close), "H0 and H1 of the start structure are 0.20 Å apart: relax it first"),
         ((adapter, water, "--labels", water), "no structure has an energy, forces or a stress"),
     ):
         result = mmea("check", *arguments)

@@ -38,7 +38,7 @@ def _one_thread() -> None:
 
 
 def simulate(potential: object, starts: Sequence[Atoms], n_steps: int, **settings: object) -> Simulation:
-    config = MDConfig(time_ps=100.0, **settings)  # type: ignore[arg-type]
+    config = MDConfig(**{"time_ps": 100.0, **settings})  # type: ignore[arg-type]
     simulation = Simulation(potential, starts, config)  # type: ignore[arg-type]
     simulation.start()
     for _ in range(n_steps):
@@ -349,6 +349,26 @@ def test_watching_changes_nothing() -> None:
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_without_friction_temperatures_are_those_of_constant_energy() -> None:
+    """What velocities lack at the start, drift and rotation, no thermostat brings back."""
+    free, energy, bath = (
+        Simulation(Morse(), [triatomic()], MDConfig(**options))  # type: ignore[arg-type]
+        for options in ({"friction_per_fs": 0.0}, {"ensemble": "nve"}, {})
+    )
+    assert free.layout.degrees_of_freedom.tolist() == energy.layout.degrees_of_freedom.tolist() == [3.0]
+    assert bath.layout.degrees_of_freedom.tolist() == [9.0]
+    assert torch.equal(free.monitor.bounds_after(0), energy.monitor.bounds_after(0))
+
+
+def test_a_bath_that_cools_ends_at_zero() -> None:
+    """A run goes on to the sample at or beyond its end."""
+    cooled = dict(temperatures_K=(300.0,), time_ps=0.01, heating_K_per_ps=-300.0 / 0.01)
+    atoms = Atoms("C3", [[0, 0, 0], [1.4, 0, 0], [0.7, 1.2, 0]])
+    run = simulate(Morse(depth=4.0), [atoms], 30, **cooled)
+    assert bool(torch.isfinite(run.state.velocities).all())
+    assert bool(run.monitor.alive.all())
 
 
 def test_quick_check_tells_stable_from_unstable() -> None:

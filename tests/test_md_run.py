@@ -20,7 +20,7 @@ from md_potentials import Morse, triatomic
 
 from conftest import ROOT
 from mmea_calc.config import AdapterConfig, MDConfig, to_dict
-from mmea_calc.errors import DynamicsError, TrajectoryError
+from mmea_calc.errors import DataError, DynamicsError, TrajectoryError
 from mmea_calc.files import alone_in
 from mmea_calc.md import checkpoint as checkpoint_module
 from mmea_calc.md import run_md, trajectory_writer
@@ -347,6 +347,48 @@ def test_a_failed_replica_stays_failed_when_resumed(tmp_path: Path) -> None:
     assert row.stable_ps == 0.014
     assert row.length_ps == 0.014
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_failure_after_the_last_sample_is_told(tmp_path: Path) -> None:
+    potential, lines = Morse(), list[str]()
+    potential.broken = (48, 1)  # in step 47, the last one; samples are every second step
+
+    def progress(event: MDProgress) -> None:
+        lines.extend([event.message] if event.message else [])
+
+    summary = start(tmp_path / "RUN", changed(time_ps=0.0235), potential=potential, progress=progress)
+    assert summary.failed == ("start0-300K-1",)
+    assert [e["step"] for e in read_events(tmp_path / "RUN") or ()] == [47]
+    assert any("start0-300K-1: failed" in line for line in lines)
+    again = start(tmp_path / "RUN", resume=True)
+    assert again.failed == ("start0-300K-1",)
+
+
+def test_a_run_of_failed_replicas_ends_where_it_would_if_it_were_resumed(tmp_path: Path) -> None:
+    alone = changed(temperatures_K=(300.0,), replicas=1, stats_every=8, traj_every=8, restart_every=14)
+    steps = []
+    for name in ("whole", "parts"):
+        potential = Morse()
+        potential.broken = (13, 0)  # in step 12, between a sample and a checkpoint
+        folder = tmp_path / name
+        summary = start(folder, alone, starts=[triatomic()], potential=potential)
+        assert summary.failed == ("start0-300K-0",)
+        steps.append(summary.steps)
+        if name == "parts":
+            summary = start(folder, alone, starts=[triatomic()], resume=True)
+            steps.append(summary.steps)
+    assert steps == [14, 14, 14]
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_start_that_cannot_be_relaxed_leaves_the_run_that_is_there(tmp_path: Path) -> None:
+    start(tmp_path / "RUN", changed(time_ps=0.001))
+    before = sorted((p.name, p.stat().st_size) for p in (tmp_path / "RUN").iterdir())
+    same = triatomic()
+    same.positions[1] = same.positions[0]
+    with pytest.raises(DataError, match="start structure 0 cannot be relaxed: forces are not finite"):
+        start(tmp_path / "RUN", changed(minimize=True), starts=[same], overwrite=True)
+    assert sorted((p.name, p.stat().st_size) for p in (tmp_path / "RUN").iterdir()) == before
 
 
 def test_a_run_ends_when_all_replicas_have_failed(tmp_path: Path) -> None:

@@ -79,10 +79,10 @@ class Selection:
     remarks: list[str] = field(default_factory=list)
     _frames: dict[str, Frames] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def first(self) -> Replica:
-        """For what all replicas share: atoms, cell, periodicity."""
-        return self.replicas[0]
+        """For what all replicas share: atoms, cell, periodicity. One with frames, where one has any."""
+        return next((r for r in self.replicas if len(self.run.frames(r).time_fs)), self.replicas[0])
 
     @cached_property
     def start_positions(self) -> FloatArray:

@@ -13,6 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..config import CheckConfig
+from ..errors import DataError
 from ..graph import Graph, build_graph
 from ..md.monitor import BONDED
 from .scans import FloatArray, Path
@@ -103,6 +104,9 @@ def _squeeze(start: Atoms, graph: Graph, bonds: Sequence[int], edge: int, config
         sides = np.array([a]), np.array([b])
     for side, sign in zip(sides, (-0.5, 0.5), strict=True):
         tangent[side] = sign * vector / length
+    if OUTER * length < config.wall_from_A:
+        names = " and ".join(f"{start.symbols[i]}{i}" for i in (a, b))
+        raise DataError(f"{names} of the start structure are {length:.2f} Å apart: relax it first (mmea md --minimize)")
     r = _distances(config.wall_from_A, OUTER * length, config.scan_step_A)
     structures = []
     for x in r:

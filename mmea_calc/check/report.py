@@ -299,7 +299,8 @@ def _drift_row(report: CheckReport) -> Row:
         failure = f"At constant energy a replica failed: {_last_words(nve.events[:1])}."
     elif drift is not None and error is not None and abs(drift) - 2 * error > most:
         failure = f"The energy drifts by {drift:.2g} ± {error:.2g} meV/atom/ps at constant energy, bound {most:g}."
-    return Row(f"NVE drift, {config.nve_K:g} K", *_two(texts), f"{most:g} meV/atom/ps", failure)
+    measured = drift is not None or bool(nve.events)
+    return Row(f"NVE drift, {config.nve_K:g} K", *_two(texts), f"{most:g} meV/atom/ps", failure, judged=measured)
 
 
 def _models(report: CheckReport) -> list[ModelReport]:

@@ -76,7 +76,8 @@ class BAOAB:
         if not self.heating:
             return self._spread
         done = step.double()[:, None, None] if isinstance(step, Tensor) else step
-        kT = self.layout.kT + BOLTZMANN * self.heating * done
+        # A run goes on to the sample at or beyond its end, where a cooling bath would be below zero.
+        kT = torch.clamp(self.layout.kT + BOLTZMANN * self.heating * done, min=0)
         return torch.sqrt(self._lost * kT / self.layout.masses)
 
     def _kick(self, step: int | Tensor) -> Tensor:

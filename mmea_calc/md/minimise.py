@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.optimize import BFGS
 
+from ..errors import DataError
 from ..potential import Potential
 
 FMAX = 0.02  # eV/A
@@ -30,6 +32,8 @@ class _OfPotential(Calculator):
         super().calculate(atoms, properties, system_changes)
         prediction = self.potential.predict(self.potential.collate([self.potential.graph(atoms)]))
         assert prediction.forces is not None
+        if not bool(torch.isfinite(prediction.forces).all()):
+            raise DataError("forces are not finite: are two atoms at the same place?")
         self.results = {"energy": float(prediction.energy[0]), "forces": prediction.forces.double().cpu().numpy()}
 
 
@@ -40,13 +44,19 @@ def minimise(potential: Potential, starts: Sequence[Atoms], *, fmax: float = FMA
         potential: whose minima are looked for.
         starts: structures to begin from.
         fmax: largest force of a relaxed structure, eV/A.
+
+    Raises:
+        DataError: forces that are not finite.
     """
     relaxed, messages = [], []
     for i, start in enumerate(starts):
         atoms = start.copy()
         atoms.calc = _OfPotential(potential)
         with BFGS(atoms, logfile=None) as optimiser:
-            converged = optimiser.run(fmax=fmax, steps=MAX_STEPS)
+            try:
+                converged = optimiser.run(fmax=fmax, steps=MAX_STEPS)
+            except DataError as problem:
+                raise DataError(f"start structure {i} cannot be relaxed: {problem}") from problem
         if not converged:
             messages.append(f"start structure {i}: the largest force is above {fmax} eV/A after {MAX_STEPS} steps")
         atoms.calc = None

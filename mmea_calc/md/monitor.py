@@ -90,7 +90,7 @@ class Monitor:
         asked = self.layout.temperatures_K + config.heating_K_per_ps * done * config.timestep_fs / 1000
         # The temperature of n degrees of freedom has the standard deviation T sqrt(2 / n).
         hot = asked * (2 + 14 * torch.sqrt(2 / dof))
-        if config.ensemble == "nve":
+        if not config.thermostat:
             hot = 2 * hot  # without a thermostat the relaxation of a strained start stays in the replica
         # A strained start warms a cold replica by more than its fluctuations.
         hot = torch.clamp(hot, min=LOWEST_BOUND_K)
@@ -182,14 +182,21 @@ class Monitor:
         still_close = zeros.index_add(0, bonds.owner, (ratios2 < FORMED**2).double())
         return broken, torch.clamp(self.forces.n_closer(FORMED) - still_close, min=0)
 
+    def tell_failures(self) -> None:
+        """Make events of failures that are new, those of earlier steps first."""
+        alive, steps = self.alive.tolist(), self._step.tolist()
+        for i in sorted(range(len(alive)), key=steps.__getitem__):
+            name = self.layout.names[i]
+            if not alive[i] and (name, "failed") not in self._told:
+                self._add(name, steps[i], "failed", self._why(i))
+
     def _tell(self, state: State, rows: Tensor) -> None:
         """Make events of what is new."""
+        self.tell_failures()
         by_name = dict(zip(OBSERVABLES, rows.tolist(), strict=True))
         alive = self.alive.tolist()
         for i, name in enumerate(self.layout.names):
             if not alive[i]:
-                if (name, "failed") not in self._told:
-                    self._add(name, int(self._step[i]), "failed", self._why(i))
                 continue
             if by_name["broken_bonds"][i] and (name, "bond broken") not in self._told:
                 self._add(name, state.step, "bond broken", self._broken(state, i))

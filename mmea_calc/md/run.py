@@ -115,7 +115,7 @@ def run_md(
     with ExitStack() as held:
         if folder.is_dir():
             held.enter_context(alone_in(folder, DynamicsError))
-        checkpoint = _prepare(folder, identity, config, resume=resume, overwrite=overwrite)
+        checkpoint = _found_checkpoint(folder, identity, config, resume=resume, overwrite=overwrite)
         if checkpoint is not None and config.minimize:
             # degrees of freedom are those of the relaxed structures
             simulation = Simulation(potential, _started_from(simulation, checkpoint.start_positions), config)
@@ -126,6 +126,8 @@ def run_md(
                 relaxed, messages = minimise(potential, structures)
                 simulation = Simulation(potential, relaxed, config)
             messages += [_velocities_ignored(i) for i, a in enumerate(structures) if a.has("momenta")]
+            if _holds_run(folder) and overwrite:
+                _remove(folder)
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 held.enter_context(alone_in(folder, DynamicsError))
@@ -187,7 +189,8 @@ class _Run:
             self.replica_steps += n * alive
             if self.step % config.stats_every == 0:
                 self._record()
-                alive = int(simulation.monitor.alive.sum())
+            # Asked at checkpoints too, so that a run ends where it would if it were resumed from there.
+            alive = int(simulation.monitor.alive.sum())
             if self.step % config.restart_every == 0:
                 self._checkpoint()
                 saved = self.step
@@ -211,10 +214,7 @@ class _Run:
             state = simulation.state
             velocities = state.velocities.cpu().numpy() * units.fs
             self.writer.frame(self.step, time_ps, state.positions.cpu().numpy(), velocities, alive)
-        events = simulation.monitor.events
-        for event in events[self.n_told :]:
-            self.tell(str(event))
-        self.n_told = len(events)
+        self._tell_events()
         seconds = max(time.monotonic() - self.began, 1e-9)
         n_alive, left = int(alive.sum()), self.config.n_steps - self.step
         done = self.step - self.first_step
@@ -230,12 +230,21 @@ class _Run:
             )
         )
 
+    def _tell_events(self) -> None:
+        """Those that are new."""
+        events = self.simulation.monitor.events
+        for event in events[self.n_told :]:
+            self.tell(str(event))
+        self.n_told = len(events)
+
     def tell(self, message: str) -> None:
         n = self.simulation.layout.n_replicas
         self.progress(MDProgress(0, self.config.n_steps, 0.0, float("nan"), n, n, message=message))
 
     def _flush(self) -> list[dict[str, Any]]:
         """Frames and samples so far, and all events, which are returned."""
+        self.simulation.monitor.tell_failures()  # since the last sample
+        self._tell_events()
         events = [e.to_dict() for e in self.simulation.monitor.events]
         self.writer.flush(events)
         return events
@@ -282,13 +291,17 @@ def _identity(potential: Potential, starts: Sequence[Atoms], config: MDConfig) -
     }
 
 
-def _prepare(
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.json").exists() or (folder / "trajectory.h5").exists()
+
+
+def _found_checkpoint(
     folder: Path, identity: dict[str, Any], config: MDConfig, *, resume: bool, overwrite: bool
 ) -> Checkpoint | None:
     """The checkpoint to go on from; None for a new run. Raises DynamicsError."""
     if folder.exists() and not folder.is_dir():
         raise DynamicsError(f"{folder} is a file; expected a folder for the run")
-    there = (folder / "config.json").exists() or (folder / "trajectory.h5").exists()
+    there = _holds_run(folder)
     if is_training(folder):
         raise DynamicsError(f"{folder} is the folder of a training; give another one (--output)")
     if resume and overwrite:
@@ -296,8 +309,6 @@ def _prepare(
     if not resume:
         if there and not overwrite:
             raise DynamicsError(f"{folder} holds a run already: go on with it (--resume), replace it (--overwrite)")
-        if there:
-            _remove(folder)
         return None
     if not there:
         raise DynamicsError(f"{folder} holds no run to resume")

@@ -57,7 +57,7 @@ class Simulation:
         check_settings(config)
         check_starts(starts)
         self.config = config
-        self.layout = Layout(replicas_of(starts, config), config.ensemble, potential.device)
+        self.layout = Layout(replicas_of(starts, config), "nvt" if config.thermostat else "nve", potential.device)
         self.forces = ReplicaForces(potential, self.layout, skin)
         self.noise = Noise(config.seed, self.layout.names, self.layout.atoms_per_replica, potential.device)
         self.monitor = Monitor(config, self.layout, self.forces)
