@@ -222,10 +222,14 @@ class Adapter:
         for parameter, _ in self._frozen_before.values():
             parameter.requires_grad_(False)
         self._hooks: dict[str, RemovableHandle] = {}
-        for name, part in on_linears.items():
-            network.get_submodule(name).add_module(_PART, part)
-        self._hook(on_linears)
-        self.weights = UpdatedWeights(sites, updates)
+        try:
+            for name, part in on_linears.items():
+                network.get_submodule(name).add_module(_PART, part)
+            self._hook(on_linears)
+            self.weights = UpdatedWeights(sites, updates)
+        except BaseException:  # Ctrl-C: nobody holds this adapter yet who could take it off
+            self._take_gates_off()
+            raise
         self._embeddings = [m for m in network.modules() if is_radial_embedding(m)]
         self.short_range = self._fade() if config.saturate and self.gates else None
         network.__dict__[_HANDLE] = self
@@ -321,16 +325,20 @@ class Adapter:
             return
         self.unmerge()
         self.weights.remove()
-        self._unhook(list(self._hooks))
-        for name in self.on_linears:
-            delattr(self.network.get_submodule(name), _PART)
+        self._take_gates_off()
         if self.short_range is not None:
             self.short_range.remove()
             delattr(self._embeddings[0], _SHORT_RANGE)
-        for parameter, requires_grad in self._frozen_before.values():
-            parameter.requires_grad_(requires_grad)
         del self.network.__dict__[_HANDLE]
         self._attached = False
+
+    def _take_gates_off(self) -> None:
+        """And give the network's own parameters back as they were."""
+        self._unhook(list(self._hooks))
+        for name in self.on_linears:
+            self.network.get_submodule(name)._modules.pop(_PART, None)
+        for parameter, requires_grad in self._frozen_before.values():
+            parameter.requires_grad_(requires_grad)
 
     # -- folding -------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Backbone:
 
     Attributes:
         name: as a user would give it again: embedded or published name, or the file's stem.
-        source: where it was read from.
+        source: where it was read from: an absolute path, or what it is.
         network: frozen and in eval mode, on the fast path. Its E0 buffer is zero, so that its
             energies are interaction energies (eV) at full precision; the reference energies are in
             `atomic_energies`.
@@ -324,7 +324,7 @@ def _existing(text: str) -> Path:
 
 def _from_path(path: Path, head: str | None) -> Backbone:
     if path.suffix == ".safetensors":
-        return _from_safetensors(path.stem, path, head, str(path))
+        return _from_safetensors(path.stem, path, head, str(path.absolute()))
     if path.suffix == ".json":
         raise BackboneError(f"{path} is a config; give the .safetensors file beside it")
     return _from_model(path.stem, path, head)
@@ -360,7 +360,7 @@ def _from_model(name: str, path: Path, head: str | None, preferred: str | None =
         config, network, notes = minimal_config(pickled, path), pickled, f"used as unpickled: {problem}"
     if head is None and preferred in (config.get("heads") or ()):
         head = preferred
-    backbone = _describe(name, str(path), network, config, fingerprint(config, identity), head)
+    backbone = _describe(name, str(path.absolute()), network, config, fingerprint(config, identity), head)
     backbone.notes, backbone.trust_note = notes, _TRUST_PICKLE.format(path.name)
     return backbone
 

@@ -193,7 +193,6 @@ class MMEACalculator(Calculator):
         elif self._mounted not in wanted:
             self._mount(wanted[0], self._files[wanted[0]])
         self._active = wanted
-        self._batch = None  # made anew, other elements may be new to these
         self._results_changed()
 
     @contextmanager
@@ -214,6 +213,7 @@ class MMEACalculator(Calculator):
 
     def _results_changed(self) -> None:
         self.reset()
+        self._batch = None  # made anew: its elements may be new to what is in use now
         committee = COMMITTEE_PROPERTIES if len(self.active_adapters) > 1 else ()
         self.implemented_properties = [*PROPERTIES, *committee]
 

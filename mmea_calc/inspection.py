@@ -217,12 +217,14 @@ def gate_activity(
     """What every gate does on these structures, from what comes in and goes out: the same for all forms of gates.
 
     Raises:
-        AdapterError: the adapter is merged.
+        AdapterError: the adapter is merged, or switched off.
     """
     adapter = potential.adapter
     assert adapter is not None
     if adapter.merged:
         raise AdapterError("this adapter is merged, which leaves gates out that could be folded: unmerge it first")
+    if not adapter.enabled:
+        raise AdapterError("this adapter is switched off, so that its gates do nothing: enable it first")
     watches = {name: _Watch(adapter.network.get_submodule(name)) for name in adapter.gates}
     hooks = [gate.register_forward_hook(watches[name]) for name, gate in adapter.gates.items()]
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapted import Adapter, attach
 from .adapter_file import AdapterFile
 from .backbone import Backbone
-from .errors import AdapterError, CompilationError, DataError
+from .errors import CompilationError, DataError
 from .fast.compiled import CompiledNetwork, Programs, compile_program
 from .fast.converted import ConvertedNetwork
 from .fast.machine_code import named_tensors
@@ -88,7 +88,7 @@ class Potential:
             fresh = attach(self.backbone.network, file.config, start=False)
             try:
                 fresh.load_state_dict(file.tensors)
-            except AdapterError:
+            except BaseException:  # Ctrl-C among them: an adapter that nobody holds could not be taken off again
                 fresh.detach()
                 raise
             self.adapter = fresh

@@ -35,7 +35,11 @@ class UpdatedWeights:
         self.originals: dict[str, Tensor] = {}
         self._folded: dict[str, Tensor] = {}
         self._orders = {path: _names_in_order(site.module) for path, site in self.sites.items()}
-        self._parametrize()
+        try:
+            self._parametrize()
+        except BaseException:
+            self._unparametrize()
+            raise
 
     @property
     def folded(self) -> list[str]:
@@ -67,11 +71,12 @@ class UpdatedWeights:
     def unfold(self) -> None:
         """Undo `fold`; the updates are switched on then."""
         if self._folded:
+            self._unparametrize()  # what an interruption of this left
             for path, tensor in self.originals.items():
                 _put(self.sites[path], tensor)
                 self.updates[path].to(tensor)  # put aside as well, while the network may have moved
-            self._folded, self.originals = {}, {}
             self._parametrize()
+            self._folded, self.originals = {}, {}
             self.switch(True)
 
     @torch.no_grad()
@@ -108,7 +113,8 @@ class UpdatedWeights:
 
     def _unparametrize(self) -> None:
         for site in self.sites.values():
-            parametrize.remove_parametrizations(site.module, site.tensor, leave_parametrized=False)
+            if parametrize.is_parametrized(site.module, site.tensor):
+                parametrize.remove_parametrizations(site.module, site.tensor, leave_parametrized=False)
         for path, site in self.sites.items():
             _restore_order(site.module, self._orders[path])
 

@@ -14,6 +14,7 @@ from architectures import borrowed
 from ase import Atoms
 from ase.build import molecule
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from conftest import batch_of, ethanol, random_network, randomise, run
 from mmea_calc._e3nn import FullyConnectedNet, o3
@@ -402,6 +403,52 @@ def test_saturation_changes_nothing_where_ranges_were_recorded(network: nn.Modul
     for gate in adapter.gates.values():
         gate.saturate = False
     assert not torch.allclose(run(network, batch_of(closer))["energy"], bounded)
+
+
+class Interrupting:
+    """Ctrl-C when a function is called for the nth time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, nth: int) -> None:
+        self.call, self.left = getattr(place, name), nth
+        monkeypatch.setattr(place, name, self)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return self.call(*args, **options)
+
+
+@pytest.mark.parametrize("method", ["mmea", "elora", "full"])
+@pytest.mark.parametrize("nth", [1, 2, 4])
+def test_an_interruption_while_attaching_leaves_the_network_as_it_was(
+    network: nn.Module, method: str, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(network.parameters())[3].requires_grad_(True)
+    before = picture(network)
+    with monkeypatch.context() as patch:
+        Interrupting(patch, parametrize, "register_parametrization", nth)
+        with pytest.raises(KeyboardInterrupt):
+            attach(network, AdapterConfig(method=method, **SMALL))
+    assert_unchanged(network, before)
+    assert attached(network) is None
+    attach(network, AdapterConfig(method=method, **SMALL)).detach()
+    list(network.parameters())[3].requires_grad_(False)
+
+
+def test_an_interruption_while_updates_come_back_can_be_mended(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = picture(network)
+    handle = attach(network, AdapterConfig(**SMALL))
+    handle.merge()
+    with monkeypatch.context() as patch:
+        Interrupting(patch, parametrize, "register_parametrization", 3)
+        with pytest.raises(KeyboardInterrupt):
+            handle.unmerge()
+    handle.unmerge()
+    handle.detach()
+    assert_unchanged(network, before)
 
 
 def test_an_interrupted_recording_keeps_the_ranges_of_before(network: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -27,7 +28,7 @@ from torch import nn
 from conftest import ELEMENTS, crystal, ethanol, network_config, random_network, randomise, small_backbone_around
 from mmea_calc.adapted import Adapter, attach
 from mmea_calc.adapter_file import AdapterFile, read_adapter, write_adapter
-from mmea_calc.backbone import Backbone, load_backbone
+from mmea_calc.backbone import BACKBONE_FOLDER, Backbone, load_backbone
 from mmea_calc.calculator import MMEACalculator
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig
 from mmea_calc.errors import AdapterError, AdapterFileError, BackboneError, DataError, MMEAError
@@ -380,6 +381,45 @@ def test_unseen_elements_are_warned_of_for_an_adapter_that_is_chosen_later() -> 
     calculator.set_adapter("b")
     with pytest.warns(UserWarning, match="adapter 'b' has seen no O in training"):
         atoms.get_potential_energy()
+
+
+def test_unseen_elements_are_warned_of_when_the_backbone_alone_was_asked_first() -> None:
+    backbone, atoms = small_backbone(), ethanol()
+    atoms.calc = calculator = MMEACalculator(adapter_for(backbone, elements=(1, 6)), backbone)
+    with calculator.adapter_disabled():
+        atoms.get_potential_energy()
+    with pytest.warns(UserWarning, match="seen no O in training"):
+        atoms.get_potential_energy()
+
+
+def test_an_interruption_while_an_adapter_is_put_on_leaves_the_calculator_usable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone, atoms = small_backbone(), ethanol()
+    atoms.calc = calculator = MMEACalculator(adapter_for(backbone), backbone)
+    expected = atoms.get_potential_energy()
+    calculator.set_adapter(None)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapter, "load_state_dict", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calculator.set_adapter("adapter")
+    atoms.get_potential_energy()
+    calculator.set_adapter("adapter")
+    assert atoms.get_potential_energy() == expected
+
+
+def test_a_backbone_of_a_relative_path_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ending in (".safetensors", ".json"):
+        shutil.copy(BACKBONE_FOLDER / f"mmea-organic-s{ending}", tmp_path / f"mine{ending}")
+    monkeypatch.chdir(tmp_path)
+    calculator = MMEACalculator(backbone="mine.safetensors", device="cpu")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert copy.deepcopy(calculator).backbone.fingerprint == calculator.backbone.fingerprint
 
 
 def test_a_backbone_that_somebody_moves_to_another_precision_is_followed() -> None:

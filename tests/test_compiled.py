@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,27 @@ def test_how_entries_lie_in_memory_makes_no_difference(monkeypatch: pytest.Monke
     columns = {k: t.T.contiguous().T if t.dim() == 2 else t for k, t in batch.tensors.items()}
     assert not columns["positions"].is_contiguous()
     assert_agree(potential, replace(batch, tensors=columns))
+    assert counted.calls == 2
+
+
+@pytest.mark.usefixtures("program")
+def test_batches_of_other_types_and_hooks_of_modules_go_to_the_network_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code looks at addresses alone, and calls no hooks."""
+    counted, potential = Counted(monkeypatch), small_potential()
+    batch = batches()["molecule"]
+    assert_agree(potential, batch)
+    for key, kind in (("edge_index", torch.int32), ("shifts", torch.float32)):
+        other = replace(batch, tensors={**batch.tensors, key: batch.tensors[key].to(kind)})
+        with suppress(RuntimeError):  # what torch says of such a batch
+            potential.predict(other, stress=True)
+    assert counted.calls == 1
+    seen: list[int] = []
+    module = potential.backbone.network.get_submodule("products.1")
+    hook = module.register_forward_hook(lambda *_: seen.append(1))
+    potential.predict(batch, stress=True)
+    assert (counted.calls, len(seen)) == (1, 1)
+    hook.remove()
+    potential.predict(batch, stress=True)
     assert counted.calls == 2
 
 

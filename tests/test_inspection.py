@@ -173,6 +173,8 @@ def test_gates_without_structures_and_strange_ones_are_refused(potential: Potent
         inspect(potential)
     with pytest.raises(DataError, match=r"structure 1 has Xe"):
         inspect(potential, [ethanol(), Atoms("Xe")])
+    with adapter.disabled(), pytest.raises(AdapterError, match="switched off"):
+        inspect(potential, [ethanol()])
     adapter.merge()
     with pytest.raises(AdapterError, match="merged"):
         inspect(potential, [ethanol()])

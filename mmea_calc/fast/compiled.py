@@ -16,15 +16,18 @@ What could go wrong is checked where it would:
 | a program stands for another network | its name is a hash of all that the graph depends on (`machine_code.form_of`) |
 | its results are not those of the network | the first batch of every process is computed by both (`TOLERANCE`) |
 | values have changed since (another adapter, an edit) | versions of all tensors are compared at every call |
+| somebody looks into the network by hooks of modules | their number is compared at every call |
 | it does not cover a case (atoms closer than in training) | it says so itself, and the batch is computed plainly |
 | most of the tables would be empty (a crystal among many small molecules) | that batch is computed plainly |
 | no compiler, or an operation that inductor does not know | `compile` says so; everything goes on as without |
+
+Plain attributes of modules (`avg_num_neighbors`, say) are read when a program is opened, and not looked at again.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,7 @@ class CompiledNetwork:
         self.network, self.adapter = network, adapter
         self._program = Program(path, next(network.parameters()).device)
         self._forms = contraction_forms(network)
+        self._dtype = next(network.parameters()).dtype
         self._watched = Watched(store for m in network.modules() for store in (m._parameters, m._buffers))
         self._values: list[Tensor] = []
         self._parts = Parts(None)
@@ -93,6 +97,8 @@ class CompiledNetwork:
 
     def __call__(self, batch: Batch, *, stress: bool) -> Found | None:
         """Results of a batch; None where they would not hold, or most of the tables would be empty."""
+        if not self._takes(batch.tensors):
+            return None
         if batch.tensors["positions"].device.type == "cpu":
             self._parts.most = self._atoms_per_thread * torch.get_num_threads()
         with torch.no_grad():
@@ -104,6 +110,11 @@ class CompiledNetwork:
                     return None
                 found.append(one)
         return found[0] if len(found) == 1 else _joined(found)
+
+    def _takes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a batch has the types of the network: the code looks at addresses alone."""
+        same = all(tensors[key].dtype == self._dtype for key in ("positions", "node_attrs", "shifts", "unit_shifts"))
+        return same and all(tensors[key].dtype == torch.int64 for key in ("edge_index", "batch", "ptr"))
 
     def _of_part(self, part: Part, *, stress: bool) -> Found | None:
         if mostly_empty(part.arrangement):
@@ -175,6 +186,8 @@ class Programs:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self._known: dict[tuple[object, ...], _Opened | None] = {}
+        self._hooks: list[Mapping[int, object]] = []  # of all modules, while one adapter is on the network
+        self._hooks_with: Adapter | None = None
 
     def forget(self) -> None:
         """Look into the folder again."""
@@ -235,7 +248,11 @@ class Programs:
             return (), None
         if adapter is not None and not (adapter.merged and adapter.enabled and not adapter.observed):
             return (), None
-        key = (adapter, *_situation(self.backbone, adapter, stress))
+        if not self._hooks or self._hooks_with is not adapter:
+            modules = list(self.backbone.network.modules())
+            self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+            self._hooks_with = adapter
+        key = (adapter, sum(map(len, self._hooks)), *_situation(self.backbone, adapter, stress))
         try:
             return key, self._known[key]
         except KeyError:
