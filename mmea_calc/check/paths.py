@@ -98,15 +98,15 @@ def _squeeze(start: Atoms, graph: Graph, bonds: Sequence[int], edge: int, config
     a, b = (int(i) for i in graph.edge_index[:, edge])
     vector = _vectors(graph)[edge]
     length = float(np.linalg.norm(vector))
+    if OUTER * length < config.wall_from_A:
+        names = " and ".join(f"{start.symbols[i]}{i}" for i in (a, b))
+        raise DataError(f"{names} of the start structure are {length:.2f} Å apart: relax it first (mmea md --minimize)")
     tangent = np.zeros((len(start), 3))
     sides = _sides(graph, [e for e in bonds if e != edge], a, b)
     if sides is None or graph.unit_shifts[edge].any():
         sides = np.array([a]), np.array([b])
     for side, sign in zip(sides, (-0.5, 0.5), strict=True):
         tangent[side] = sign * vector / length
-    if OUTER * length < config.wall_from_A:
-        names = " and ".join(f"{start.symbols[i]}{i}" for i in (a, b))
-        raise DataError(f"{names} of the start structure are {length:.2f} Å apart: relax it first (mmea md --minimize)")
     r = _distances(config.wall_from_A, OUTER * length, config.scan_step_A)
     structures = []
     for x in r:
