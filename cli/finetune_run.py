@@ -39,7 +39,9 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
     from .progress import TrainingDisplay
 
     options, training = settings.options, settings.training
+    output: Path = options["output"] or Path(train_files[0].stem + ".adapter")
     _check_options(settings)
+    _check_output(output, resume=bool(options["resume"]), tells=team.leads)
     if team.leads:
         warn_if_busy(training.device)
     train, valid, test = read_sets(train_files, options)
@@ -53,7 +55,7 @@ def run(train_files: list[Path], settings: Settings, team: Team) -> None:
         with TrainingDisplay(out()) as display:
             result = train_adapter(
                 train,
-                options["output"] or Path(train_files[0].stem + ".adapter"),
+                output,
                 valid=valid,
                 test=test,
                 backbone=backbone,
@@ -84,6 +86,24 @@ def _check_options(settings: Settings) -> None:
     name = settings.adapter.method
     if settings.options["check_md"] and not method_named(name).equivariant:
         raise TrainingError(f"method {name!r} is not equivariant, and dynamics refuses it: leave --check-md out")
+
+
+def _check_output(output: Path, *, resume: bool, tells: bool) -> None:
+    """What an earlier training of this name has left is not lost without a word."""
+    from mmea_calc.adapter_file import named_after
+    from mmea_calc.errors import TrainingError
+
+    from .console import say
+
+    folder = named_after(output, ".run")
+    if resume:
+        return
+    if (folder / "checkpoint.pt").exists() and not output.exists():
+        raise TrainingError(
+            f"{folder} is of a training that did not end: go on with --resume, give another --output, or remove it"
+        )
+    if output.exists() and tells:
+        say(f"note: {output} is there already, and is replaced when this training ends")
 
 
 def _check_dynamics(path: Path, start: Atoms, settings: Settings) -> None:

@@ -291,6 +291,8 @@ def convert_backbone(source: str | Path, destination: str | Path) -> Backbone:
     """
     text = str(source)
     entry = PUBLISHED.get(text.lower())
+    if text.lower() in EMBEDDED:
+        raise BackboneError(f"{text} comes with mmea in the safe format: there is nothing to convert")
     path = fetch(text.lower()) if entry else _existing(text)
     extra = {"level_of_theory": entry.level_of_theory, "licence": entry.licence} if entry else {}
     if path.suffix == ".safetensors":

@@ -18,7 +18,7 @@ def as_type(value: Any, wanted: Any) -> Any:
     for option in options:
         try:
             return _as(option, value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             continue
     expected = " or ".join(_describe(option) for option in options)
     raise ValueError(f"must be {expected}, got {value!r}")

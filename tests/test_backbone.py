@@ -294,6 +294,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_an_embedded_backbone_need_not_be_converted(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match="comes with mmea in the safe format"):
+        convert_backbone(DEFAULT_BACKBONE, tmp_path / "own.safetensors")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_converted_backbone_has_the_same_fingerprint_and_the_same_bits(kind: str, tmp_path: Path) -> None:
     source = model_file(tmp_path / "own.model", **KINDS[kind])

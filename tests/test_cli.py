@@ -115,6 +115,15 @@ def test_failures_are_one_line_on_stderr_and_exit_with_1(arguments: list[object]
     assert result.stderr.count("\n") == 1
 
 
+def test_a_training_that_did_not_end_is_not_lost(tmp_path: Path) -> None:
+    (run := tmp_path / "a.run").mkdir()
+    (run / "checkpoint.pt").write_bytes(b"500 epochs")
+    result = mmea("finetune", DATA / "train.xyz", "-o", tmp_path / "a.adapter", "--epochs", 1, "--device", "cpu")
+    assert result.exit_code == 1
+    assert "a.run is of a training that did not end: go on with --resume" in result.stderr
+    assert [p.read_bytes() for p in run.iterdir()] == [b"500 epochs"]
+
+
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -204,6 +213,7 @@ def test_the_file_can_set_what_has_no_flag_and_undo_what_a_recipe_set(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("epochs: .inf", "epochs must be"),
         ("epoch: 3", "unknown key 'epoch'; known: .*epochs"),
         ("epochs: 1.5", "epochs must be an integer, got 1.5"),
         ("epochs: true", "epochs must be an integer, got True"),

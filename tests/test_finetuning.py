@@ -575,3 +575,11 @@ def test_runs_of_names_with_a_dot_have_folders_of_their_own(tmp_path: Path) -> N
         finetune(data, tmp_path / name, backbone=tiny_backbone(), adapter=SMALL, training=once)
     folders = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert folders == ["m.run", "m_lr0.003.run", "m_lr0.01.run"]
+
+
+@pytest.mark.parametrize("change", [{"lr": math.nan}, {"lr": math.inf}, {"energy_weight": math.nan}])
+def test_settings_that_are_no_numbers_are_refused(tmp_path: Path, change: dict[str, float]) -> None:
+    data = dataset(tmp_path, 4)
+    with pytest.raises(TrainingError, match=r"finite|at least"):
+        finetune(data, tmp_path / "a.adapter", backbone=tiny_backbone(), training=replace(QUICK, **change))  # type: ignore[arg-type]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.xyz"]

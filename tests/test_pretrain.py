@@ -326,6 +326,30 @@ def test_nothing_to_resume_is_said(few: Path, tmp_path: Path) -> None:
         pretrain(data=few, out=tmp_path, name="x", start="mmea-organic-s", settings=SHORT, resume=True)
 
 
+def test_a_run_of_no_time_is_done_at_once(few: Path, tmp_path: Path) -> None:
+    start = load_backbone("mmea-organic-s")
+    for options in (settings(steps=None, minutes=0.0), settings(steps=0)):
+        path = pretrain(data=few, out=tmp_path / str(options.steps), name="x", start="mmea-organic-s", settings=options)
+        made = load_backbone(path)
+        assert made.config["training"]["structures_seen"] == 0
+        for name, tensor in start.network.named_parameters():
+            assert torch.equal(made.network.get_parameter(name), tensor)
+
+
+def test_files_of_other_kinds_and_stages_are_not_written_over(few: Path, whole_run: Path, tmp_path: Path) -> None:
+    (other := tmp_path / "train.xyz").write_text("my labels")
+    pool = mmea("pretrain", "pool", few / "train-0.npz", "--broad", few / "valid.npz", "--number", 1, "--out", other)
+    chosen = mmea("pretrain", "choose", "--data", few, "--by", whole_run, whole_run, "--out", other)
+    for result in (pool, chosen):
+        assert result.exit_code == 1
+        assert "expected a name that ends in .npz" in result.stderr
+    assert other.read_text() == "my labels"
+    before = whole_run.read_bytes()
+    with pytest.raises(BackboneError, match="is one of the stages"):
+        average([whole_run, whole_run], whole_run)
+    assert whole_run.read_bytes() == before
+
+
 def test_start_that_does_not_exist_writes_nothing(few: Path, tmp_path: Path) -> None:
     with pytest.raises(BackboneError):
         pretrain(data=few, out=tmp_path / "new", name="x", start="no-such", settings=SHORT)

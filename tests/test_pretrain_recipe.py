@@ -12,7 +12,7 @@ import torch
 from commands import mmea
 
 from mmea_calc.backbone import load_backbone
-from mmea_calc.errors import TrainingError
+from mmea_calc.errors import DataError, TrainingError
 from mmea_calc.pretrain import recipe
 from mmea_calc.pretrain.dataset import read_arrays
 from mmea_calc.pretrain.recipe import RecipeConfig, make_backbone
@@ -150,3 +150,18 @@ def test_help_names_the_defaults_of_the_library() -> None:
     minutes = (config.minutes_difference, config.minutes_broad, config.minutes_last)
     for number in (*minutes, config.n_broad, config.n_mixed, config.batch_size):
         assert f"; {number:,.0f} if not given." in told
+
+
+def test_what_is_wrong_is_told_before_anything_is_made(sets: dict[str, Path], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {**sets, "out": tmp_path / "R", "name": "mine", "config": SHORT}
+    (bare := tmp_path / "bare").mkdir()
+    wrong: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+        ({"name": "sub/mine"}, TrainingError, "'sub/mine' is no name of a backbone"),
+        ({"config": replace(SHORT, lr=float("nan"))}, TrainingError, "lr must be finite and at least 1e-12, got nan"),
+        ({"config": replace(SHORT, batch_size=0)}, TrainingError, "batch_size must be finite and at least 1, got 0"),
+        ({"better": bare}, DataError, r"there is no .*walls\.npz: make it with"),
+    )
+    for change, kind, message in wrong:
+        with pytest.raises(kind, match=message):
+            make_backbone(**arguments | change)
+    assert not (tmp_path / "R").exists()

@@ -43,7 +43,7 @@ def test_differences_and_the_cheap_labels_add_up_to_the_better_ones(cheap: Path,
     result = mmea("pretrain", "differences", "--data", PBE, "--cheap", cheap, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     found = read_arrays([tmp_path / "train-0.npz"])
-    files = [np.load(file) for file in sorted(PBE.glob("train-*.npz"))]
+    files = [read_arrays([file], more=("energy_xtb", "forces_xtb")) for file in sorted(PBE.glob("train-*.npz"))]
     for key in ("energy", "forces"):
         whole, lower = (np.concatenate([f[k] for f in files]) for k in (key, f"{key}_xtb"))
         np.testing.assert_allclose(found[key] + lower, whole, rtol=0, atol=1e-4 if key == "forces" else 1e-9)
@@ -101,3 +101,16 @@ def test_scaled_readouts_give_scaled_energies(tmp_path: Path) -> None:
         factor = 0.25 ** {"readouts.0": 1, "readouts.1": 0.5}.get(name[: len("readouts.0")], 0)
         expected = factor * start.network.get_parameter(name)
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_folder_that_holds_a_set_is_not_written_into(cheap: Path, tmp_path: Path) -> None:
+    """Labels are dear."""
+    (own := tmp_path / "own").mkdir()
+    for file in cheap.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    before = {file.name: file.read_bytes() for file in own.iterdir()}
+    with pytest.raises(DataError, match=r"own holds train-0\.npz already"):
+        differences(data=PBE, cheap=own, out=own)
+    with pytest.raises(DataError, match=r"own holds train-0\.npz already"):
+        relabel(data=own, by=open_potential("mmea-organic-s", device="cpu"), beside=PBE, out=own, number=1)
+    assert {file.name: file.read_bytes() for file in own.iterdir()} == before

@@ -217,3 +217,15 @@ def test_sampled_frames_can_be_labelled(potential: Potential, tmp_path: Path, mo
     assert {len(numbers) for _, numbers, _ in drawn} == {11, 7, 8}
     moved = [positions for _, numbers, positions in drawn if len(numbers) == 11]
     assert all(np.abs(a - moved[0]).max() > 1e-3 for a in moved[1:])
+
+
+def test_references_that_are_not_complete_are_told_before_anything_is_measured(tmp_path: Path) -> None:
+    known = json.loads((PBE / "references.json").read_text())
+    del known["items"]["butane"]
+    (file := tmp_path / "references.json").write_text(json.dumps(known))
+    with pytest.raises(DataError, match="lacks butane: go on with"):
+        soundness.measure_soundness("mmea-organic-s", data=tmp_path, references=file)
+    with pytest.raises(DataError, match="has no larger molecules"):
+        soundness.measure_soundness(
+            "mmea-organic-s", data=tmp_path, references=PBE / "references.json", md_ps=1.0, device="cpu"
+        )

@@ -34,6 +34,8 @@ def average(stages: Sequence[Path], out: Path) -> str:
     """
     if len(stages) < 2:
         raise BackboneError(f"a mean is of two backbones or more, got {len(stages)}")
+    if out.absolute() in [stage.absolute() for stage in stages]:
+        raise BackboneError(f"{out} is one of the stages: give another name to write to")
     read = [read_safetensors(stage) for stage in stages]
     config, tensors, _ = read[-1]
     for stage, (other, weights, _) in zip(stages, read, strict=True):

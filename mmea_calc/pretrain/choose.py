@@ -22,7 +22,7 @@ from ase.formula import Formula
 
 from ..errors import DataError
 from ..potential import Potential
-from .dataset import read_arrays, spans, write_arrays
+from .dataset import check_new, read_arrays, spans, write_arrays
 from .label import LARGEST_FORCE, indices
 
 # rMD17's ten, then 3BPA and acetylacetone.
@@ -64,8 +64,9 @@ def choose(
         the number of structures.
 
     Raises:
-        DataError: the set cannot be read, or nothing is left of it.
+        DataError: the set cannot be read, nothing is left of it, or the name does not end in .npz.
     """
+    check_new(file=out)
     arrays = read_arrays(sorted(data.glob("train-[0-9]*.npz")))
     where = spans(arrays)
     known, left_out = set(indices(skip)), compositions_left_out()

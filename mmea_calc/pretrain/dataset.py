@@ -149,6 +149,14 @@ def spans(arrays: Mapping[str, np.ndarray]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
+def check_new(*, folder: Path | None = None, file: Path | None = None) -> None:
+    """Raise a DataError for a folder that holds a set already, or a file that no packed set could be."""
+    if folder is not None and (there := sorted(folder.glob("train-*.npz"))):
+        raise DataError(f"{folder} holds {there[0].name} already, which is not replaced: give another folder")
+    if file is not None and file.suffix != ".npz":
+        raise DataError(f"{file}: expected a name that ends in .npz")
+
+
 def write_arrays(file: Path, **arrays: np.ndarray) -> None:
     """Write an .npz file, whole or not at all."""
     with replacing(file) as part, part.open("wb") as stream:

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..config import DEFAULT_BACKBONE
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from ..files import alone_in, json_ready, write_text
 from ..md import open_potential
 from .average import average
 from .relabel import differences, relabel
-from .train import PretrainConfig, pretrain
+from .train import PretrainConfig, check_settings, pretrain
 from .widen import widen
 
 _RECORD = "recipe.json"
@@ -112,10 +112,15 @@ def make_backbone(
         path of the backbone.
 
     Raises:
-        DataError: a set cannot be used. BackboneError: a start cannot be loaded. TrainingError: the folder was begun
-            with other settings, or another process is at work in it, or a loss is not finite.
+        DataError: a set cannot be used, or there are no walls. BackboneError: a start cannot be loaded. TrainingError:
+            settings that cannot be, or the folder was begun with others, or another process is at work in it, or a
+            loss is not finite.
     """
     config = config or RecipeConfig()
+    for stage in (config.difference(), config.broad(), config.last()):
+        check_settings(stage, name)
+    if not (walls := better / "walls.npz").is_file():
+        raise DataError(f"there is no {walls}: make it with `mmea pretrain walls --out {walls}`")
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out, TrainingError):
         _check_record(out / _RECORD, {"name": name, **asdict(config)})

@@ -159,7 +159,11 @@ def measure_soundness(
     Raises:
         BackboneError: it cannot be opened. DataError: the data cannot be read, or hold an element that it lacks.
     """
-    known = read_references(references or data / "references.json")
+    file = references or data / "references.json"
+    known = read_references(file)
+    if lacking := [name for name in ("butane", "water dimer", "H2O") if name not in known]:
+        raise DataError(f"{file} lacks {', '.join(lacking)}: go on with `mmea pretrain references --out {file}`")
+    starts = drug_like(data) if md_ps > 0 else []
     potential = open_potential(backbone, device=device, dtype="float64")
     progress("forces of the validation sets")
     forces = {file.stem: _forces_error(potential, file) for file in sorted(data.glob("valid*.npz"))}
@@ -194,7 +198,6 @@ def measure_soundness(
                 told = tenths
                 progress(f"dynamics: {done_ps:.3g} of {md_ps:g} ps")
 
-        starts = drug_like(data)
         dynamics = quick_check(
             single, starts, temperatures_K=(300.0, 600.0), time_ps=md_ps, seconds=np.inf, seed=0, progress=tell
         )

@@ -123,6 +123,7 @@ def pretrain(
             for a wall.
     """
     settings = settings or PretrainConfig()
+    check_settings(settings, name)
     checkpoint = out / "resume.pt"
     saved = _read_checkpoint(checkpoint) if resume else None
     if saved is None and checkpoint.exists():
@@ -139,6 +140,17 @@ def pretrain(
     save_backbone(path, run.config, run.tensors())
     write_text(path.with_suffix(".json"), json.dumps(run.config, indent=1) + "\n")
     return path
+
+
+def check_settings(settings: PretrainConfig, name: str) -> None:
+    """Raise a TrainingError for settings that cannot be, and for a name that is none of a file."""
+    if Path(name).name != name:
+        raise TrainingError(f"{name!r} is no name of a backbone: expected that of a file, without a folder")
+    least_of = {"minutes": 0, "steps": 0, "batch_size": 1, "lr": 1e-12, "seed": 0, "clip_norm": 1e-12}
+    for key, least in least_of.items():
+        value = getattr(settings, key)
+        if value is not None and not least <= value < math.inf:  # NaN is not
+            raise TrainingError(f"{key} must be finite and at least {least}, got {value}")
 
 
 class _Run:
@@ -244,9 +256,12 @@ class _Run:
 
     def fraction(self) -> float:
         """How much of the run is done, 0 to 1."""
-        if self.settings.steps is not None:
-            return self.step / max(1, self.settings.steps)
-        return self.elapsed / (60 * self.settings.minutes)
+        done, whole = (
+            (self.elapsed, 60 * self.settings.minutes)
+            if self.settings.steps is None
+            else (self.step, self.settings.steps)
+        )
+        return done / whole if done < whole else 1.0
 
     def train(self, checkpoint: Callable[[], None], progress: Callable[[str], None]) -> None:
         """Step until the run is done; a checkpoint now and then, and at the end."""

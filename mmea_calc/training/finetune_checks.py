@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -23,10 +24,13 @@ def check_settings(training: TrainConfig, team: Team) -> None:
     least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "seed": 0, "lr": 1e-12, "clip_norm": 1e-12}
     for name, least in least_of.items():
         value = getattr(training, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # NaN is not
             raise TrainingError(f"{name} must be at least {least}, got {value}")
-    if training.energy_weight < 0 or training.forces_weight < 0 or training.stress_weight < 0:
-        raise TrainingError("the weights of the loss must not be negative")
+    weights = training.energy_weight, training.forces_weight, training.stress_weight
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise TrainingError(f"the weights of the loss must be finite and not negative, got {weights}")
+    if not math.isfinite(training.lr):
+        raise TrainingError(f"lr must be finite, got {training.lr}")
     if not 0 <= training.ema_decay < 1:
         raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
     check_optimiser(training)
