@@ -14,7 +14,7 @@ from commands import mmea
 from scipy.spatial.transform import Rotation
 
 from mmea_calc.check.paths import pairs as pairs_of
-from mmea_calc.errors import DataError
+from mmea_calc.errors import CompilationError, DataError
 from mmea_calc.md import open_potential
 from mmea_calc.md.minimise import minimise
 from mmea_calc.potential import Potential
@@ -152,12 +152,19 @@ def test_a_backbone_held_against_itself_has_no_errors(
     monkeypatch.setattr("mmea_calc.pretrain.soundness_plots.GAPS", np.array([2.0, 3.0, 4.0, 5.0]))
     monkeypatch.setattr(soundness, "pairs", lambda elements, config: pairs_of((1, 6, 8), config))
     monkeypatch.setattr(soundness, "DRUG_LIKE", 2)
+    monkeypatch.setattr(soundness, "WORTH_COMPILING_PS", 0.01)
+
+    def no_compiler(potential: Potential) -> None:
+        raise CompilationError("there is no compiler")
+
+    monkeypatch.setattr(Potential, "compile", no_compiler)
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"items": own_references(potential, ("H2O", "HCN"))}))
     out = tmp_path / "report" / "s"
     command = ["pretrain", "report", "mmea-organic-s", "--data", PBE, "--references", file, "--out", out]
     result = mmea(*command, "--md-ps", 0.01, "--device", "cpu")
     assert result.exit_code == 0, result.output
+    assert "without machine code: there is no compiler" in result.output
     assert "wavenumbers MAE (1/cm): " in result.stdout
     found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     figures = found["figures"]

@@ -21,7 +21,7 @@ from ase.data import covalent_radii
 from ..check.paths import pairs
 from ..check.scans import Scan, evaluate, scan
 from ..config import CheckConfig
-from ..errors import DataError
+from ..errors import CompilationError, DataError
 from ..files import json_ready, write_text
 from ..md import open_potential
 from ..md.minimise import minimise
@@ -37,6 +37,7 @@ GAPS = np.round(np.arange(2.0, 6.01, 0.1), 3)  # between the nearest atoms of tw
 STEP = 0.005  # of finite differences, A
 CONVERGED = 1e-3  # largest force of a geometry at rest, eV/A
 DRUG_LIKE = 10
+WORTH_COMPILING_PS = 5.0  # machine code takes a minute or two, and makes dynamics several times as fast
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def measure_soundness(
         backbone: name or path.
         data: folder of the packed PBE set: its validation sets, and molecules for dynamics.
         references: file of `make_references`; DATA/references.json if not given.
-        md_ps: length of Langevin dynamics of ten larger molecules at 300 and 600 K; 0 runs none.
+        md_ps: length of Langevin dynamics of ten larger molecules at 300 and 600 K; 0 runs none. Long ones are
+            compiled first.
         device: where to.
         progress: told of every part.
 
@@ -190,6 +192,11 @@ def measure_soundness(
     if md_ps > 0:
         progress("dynamics")
         single = open_potential(backbone, device=device)
+        if md_ps >= WORTH_COMPILING_PS:
+            try:
+                single.compile()
+            except CompilationError as problem:
+                progress(f"without machine code: {problem}")
         told = 0
 
         def tell(done_ps: float) -> None:
