@@ -92,13 +92,14 @@ def _check_output(output: Path, *, resume: bool, tells: bool) -> None:
     """What an earlier training of this name has left is not lost without a word."""
     from mmea_calc.adapter_file import named_after
     from mmea_calc.errors import TrainingError
+    from mmea_calc.training.run_folder import RunFolder
 
     from .console import say
 
     folder = named_after(output, ".run")
     if resume:
         return
-    if (folder / "checkpoint.pt").exists() and not output.exists():
+    if RunFolder(folder).checkpoint.exists() and not output.exists():
         raise TrainingError(
             f"{folder} is of a training that did not end: go on with --resume, give another --output, or remove it"
         )

@@ -79,11 +79,8 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
         folder = output or Path(f"{stem}.sweep")
         if folder.suffix == ".adapter":
             raise typer.BadParameter(f"a sweep writes several adapters: {folder} should be a folder's name")
-        common = {**given, "device": settings.training.device}
-        if options["init"]:
-            from mmea_calc.adapter_file import read_adapter
-
-            common = {**read_adapter(options["init"]).config.form(), **common}
+        form = settings.adapter.form() if options["init"] else {}  # that of the adapter to start from
+        common = {**form, **given, "device": settings.training.device}
         return grid(options["sweep"], common, folder=folder, train=train, options=taken), folder, folder / "sweep.csv"
     output = output or Path(f"{stem}.adapter")
     name = output.name.removesuffix(".adapter")

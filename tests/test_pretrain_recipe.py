@@ -157,8 +157,8 @@ def test_what_is_wrong_is_told_before_anything_is_made(sets: dict[str, Path], tm
     (bare := tmp_path / "bare").mkdir()
     wrong: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
         ({"name": "sub/mine"}, TrainingError, "'sub/mine' is no name of a backbone"),
-        ({"config": replace(SHORT, lr=float("nan"))}, TrainingError, "lr must be finite and at least 1e-12, got nan"),
-        ({"config": replace(SHORT, batch_size=0)}, TrainingError, "batch_size must be finite and at least 1, got 0"),
+        ({"config": replace(SHORT, lr=float("nan"))}, TrainingError, "lr must be at least 1e-12 and finite, got nan"),
+        ({"config": replace(SHORT, batch_size=0)}, TrainingError, "batch_size must be at least 1, got 0"),
         ({"better": bare}, DataError, r"there is no .*walls\.npz: make it with"),
     )
     for change, kind, message in wrong:

@@ -80,14 +80,22 @@ class Selection:
     _frames: dict[str, Frames] = field(default_factory=dict)
 
     @cached_property
-    def first(self) -> Replica:
-        """For what all replicas share: atoms, cell, periodicity. One with frames, where one has any."""
-        return next((r for r in self.replicas if len(self.run.frames(r).time_fs)), self.replicas[0])
+    def _start(self) -> tuple[Replica, FloatArray]:
+        """A replica with frames, where one has any, and its positions at the start."""
+        found = ((r, self.run.frames(r).positions_A[:1]) for r in self.replicas)
+        return next(
+            (one for one in found if len(one[1])), (self.replicas[0], np.zeros((0, len(self.replicas[0].numbers), 3)))
+        )
 
-    @cached_property
+    @property
+    def first(self) -> Replica:
+        """For what all replicas share: atoms, cell, periodicity."""
+        return self._start[0]
+
+    @property
     def start_positions(self) -> FloatArray:
         """Positions at the start, (1, n_atoms, 3); (0, n_atoms, 3) for a run without frames."""
-        return self.run.frames(self.first).positions_A[:1]
+        return self._start[1]
 
     @cached_property
     def bonds(self) -> InternalCoordinates:

@@ -22,7 +22,7 @@ from ase.formula import Formula
 
 from ..errors import DataError
 from ..potential import Potential
-from .dataset import check_new, read_arrays, spans, write_arrays
+from .dataset import check_ending, read_arrays, spans, write_arrays
 from .label import LARGEST_FORCE, indices
 
 # rMD17's ten, then 3BPA and acetylacetone.
@@ -66,7 +66,7 @@ def choose(
     Raises:
         DataError: the set cannot be read, nothing is left of it, or the name does not end in .npz.
     """
-    check_new(file=out)
+    check_ending(out)
     arrays = read_arrays(sorted(data.glob("train-[0-9]*.npz")))
     where = spans(arrays)
     known, left_out = set(indices(skip)), compositions_left_out()

@@ -149,11 +149,15 @@ def spans(arrays: Mapping[str, np.ndarray]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
-def check_new(*, folder: Path | None = None, file: Path | None = None) -> None:
-    """Raise a DataError for a folder that holds a set already, or a file that no packed set could be."""
-    if folder is not None and (there := sorted(folder.glob("train-*.npz"))):
+def check_no_set(folder: Path) -> None:
+    """Raise a DataError for a folder that holds a set already: labels are dear."""
+    if there := sorted(folder.glob("train-*.npz")):
         raise DataError(f"{folder} holds {there[0].name} already, which is not replaced: give another folder")
-    if file is not None and file.suffix != ".npz":
+
+
+def check_ending(file: Path) -> None:
+    """Raise a DataError for the name of something else than arrays."""
+    if file.suffix != ".npz":
         raise DataError(f"{file}: expected a name that ends in .npz")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import DataError
 from .choose import composition, compositions_left_out
-from .dataset import check_new, read_arrays, spans, write_arrays
+from .dataset import check_ending, read_arrays, spans, write_arrays
 
 
 def pool(sets: Sequence[Path], *, broad: Path, out: Path, number: int = 500, seed: int = 0) -> int:
@@ -34,7 +34,7 @@ def pool(sets: Sequence[Path], *, broad: Path, out: Path, number: int = 500, see
     Raises:
         DataError: a set cannot be read, `broad` has too few structures, or the name does not end in .npz.
     """
-    check_new(file=out)
+    check_ending(out)
     chosen, left = _structures(sets), _structures([broad])
     if len(left) < number:
         raise DataError(f"{broad} has {len(left)} structures that are no isomers of benchmark molecules, not {number}")

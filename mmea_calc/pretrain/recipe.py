@@ -28,7 +28,7 @@ from ..files import alone_in, json_ready, write_text
 from ..md import open_potential
 from .average import average
 from .relabel import differences, relabel
-from .train import PretrainConfig, check_settings, pretrain
+from .train import PretrainConfig, check_stage, pretrain
 from .widen import widen
 
 _RECORD = "recipe.json"
@@ -118,7 +118,7 @@ def make_backbone(
     """
     config = config or RecipeConfig()
     for stage in (config.difference(), config.broad(), config.last()):
-        check_settings(stage, name)
+        check_stage(stage, name)
     if not (walls := better / "walls.npz").is_file():
         raise DataError(f"there is no {walls}: make it with `mmea pretrain walls --out {walls}`")
     out.mkdir(parents=True, exist_ok=True)

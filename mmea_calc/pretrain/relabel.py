@@ -17,7 +17,7 @@ from ase import Atoms
 
 from ..errors import DataError
 from ..potential import Potential
-from .dataset import check_new, describe, read_arrays, read_e0, read_level, spans, write_arrays
+from .dataset import check_no_set, describe, read_arrays, read_e0, read_level, spans, write_arrays
 
 LARGEST = 6.0  # eV/A: where levels seem to differ by more, the network is far from what it knows
 _TIMES = 3  # how often true labels stand beside the estimated ones
@@ -38,7 +38,7 @@ def differences(*, data: Path, cheap: Path, out: Path) -> dict[str, int]:
     Raises:
         DataError: a set lacks one of the levels, or OUT holds one already. Nothing is written then.
     """
-    check_new(folder=out)
+    check_no_set(out)
     better, lower = read_e0(data), read_e0(cheap)
     sets = {
         name: read_arrays(sorted(data.glob(pattern)), more=("energy_xtb", "forces_xtb"))
@@ -81,7 +81,7 @@ def relabel(
     Raises:
         DataError: a set cannot be read, OUT holds one already, or nothing is left. Nothing is written then.
     """
-    check_new(folder=out)
+    check_no_set(out)
     arrays = read_arrays(sorted(data.glob("train-*.npz")))
     true = read_arrays(sorted(beside.glob("train-*.npz")) * _TIMES)
     valid, e0, level = read_arrays(sorted(beside.glob("valid*.npz"))), read_e0(beside), read_level(beside)

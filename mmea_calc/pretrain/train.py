@@ -30,6 +30,7 @@ from ..loss import Loss, LossWeights, loss_of
 from ..mace_bridge import build_network
 from ..potential import Potential
 from ..training.compiled_training import CompiledGradient, Gradients
+from ..training.finetune_checks import check_numbers
 from ..training.optimiser import Optimiser
 from ..training.trainer import hash_of
 from .dataset import PackedSet, read_e0, read_level
@@ -123,7 +124,7 @@ def pretrain(
             for a wall.
     """
     settings = settings or PretrainConfig()
-    check_settings(settings, name)
+    check_stage(settings, name)
     checkpoint = out / "resume.pt"
     saved = _read_checkpoint(checkpoint) if resume else None
     if saved is None and checkpoint.exists():
@@ -142,15 +143,11 @@ def pretrain(
     return path
 
 
-def check_settings(settings: PretrainConfig, name: str) -> None:
+def check_stage(settings: PretrainConfig, name: str) -> None:
     """Raise a TrainingError for settings that cannot be, and for a name that is none of a file."""
     if Path(name).name != name:
         raise TrainingError(f"{name!r} is no name of a backbone: expected that of a file, without a folder")
-    least_of = {"minutes": 0, "steps": 0, "batch_size": 1, "lr": 1e-12, "seed": 0, "clip_norm": 1e-12}
-    for key, least in least_of.items():
-        value = getattr(settings, key)
-        if value is not None and not least <= value < math.inf:  # NaN is not
-            raise TrainingError(f"{key} must be finite and at least {least}, got {value}")
+    check_numbers(settings, {"minutes": 0, "steps": 0, "batch_size": 1, "lr": 1e-12, "seed": 0, "clip_norm": 1e-12})
 
 
 class _Run:

@@ -14,7 +14,7 @@ import numpy as np
 from ase.data import covalent_radii
 
 from ..errors import DataError
-from .dataset import check_new, read_e0, write_arrays
+from .dataset import check_ending, read_e0, write_arrays
 from .label import xtb_energy_and_forces
 
 INNER, OUTER, STEP = 0.45, 1.0, 0.03  # A; the outer end in units of the sum of the covalent radii
@@ -57,7 +57,7 @@ def walls(*, data: Path, cheap: Path, out: Path) -> int:
     Raises:
         DataError: an energy of an atom is missing, or GFN2-xTB fails. MMEAError: tblite is not installed.
     """
-    check_new(file=out)
+    check_ending(out)
     here, there = read_e0(data), read_e0(cheap)
     if missing := sorted(set(VALENCE) - (here.keys() & there.keys())):
         raise DataError(f"energies of isolated atoms are missing for the elements {missing} in {data} or {cheap}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapter_file import is_adapter
@@ -14,6 +15,15 @@ from .optimiser import check_optimiser
 from .team import Team
 
 
+def check_numbers(settings: object, least_of: Mapping[str, float]) -> None:
+    """Raise a TrainingError where a field of the settings is below what it is at least, infinite, or no number."""
+    for name, least in least_of.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            finite = "" if math.isfinite(value) else " and finite"
+            raise TrainingError(f"{name} must be at least {least}{finite}, got {value}")
+
+
 def check_settings(training: TrainConfig, team: Team) -> None:
     """Raise a TrainingError for settings that cannot be, or do not go together."""
     if training.batch_size < team.size:
@@ -22,15 +32,10 @@ def check_settings(training: TrainConfig, team: Team) -> None:
             f"--batch-size at least {team.size}, or start fewer processes"
         )
     least_of = {"epochs": 0, "steps": 1, "batch_size": 1, "replay": 0, "seed": 0, "lr": 1e-12, "clip_norm": 1e-12}
-    for name, least in least_of.items():
-        value = getattr(training, name)
-        if value is not None and not value >= least:  # NaN is not
-            raise TrainingError(f"{name} must be at least {least}, got {value}")
+    check_numbers(training, least_of)
     weights = training.energy_weight, training.forces_weight, training.stress_weight
     if not all(0 <= weight < math.inf for weight in weights):
         raise TrainingError(f"the weights of the loss must be finite and not negative, got {weights}")
-    if not math.isfinite(training.lr):
-        raise TrainingError(f"lr must be finite, got {training.lr}")
     if not 0 <= training.ema_decay < 1:
         raise TrainingError(f"ema_decay must lie in [0, 1), got {training.ema_decay}")
     check_optimiser(training)
