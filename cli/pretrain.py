@@ -228,6 +228,25 @@ def chelates(
     say(f"{out}: {count} structures")
 
 
+@app.command(rich_help_panel=LABELLING)
+def carbonyls(
+    out: Out,
+    by: Annotated[
+        str | None, typer.Option(metavar="POTENTIAL", help="Adapter or backbone that moves them, not GFN2-xTB.")
+    ] = None,
+    drawn: Annotated[int, typer.Option(help="Molecules that are drawn.", min=1)] = 600,
+    max_heavy: Annotated[int, typer.Option(help="Largest number of their heavy atoms.", min=3)] = 11,
+    seed: Seed = 0,
+) -> None:
+    """Make chains, rings and aromatic molecules with carbonyl groups by GFN2-xTB, for `label --data`."""
+    from mmea_calc.md import open_potential
+    from mmea_calc.pretrain.carbonyls import carbonyls
+
+    potential = open_potential(by) if by else None
+    count = carbonyls(out=out, by=potential, drawn=drawn, max_heavy=max_heavy, seed=seed, progress=say)
+    say(f"{out}: {count} structures")
+
+
 @app.command(cls=several_values({"--skip": any_word}), rich_help_panel=LABELLING)
 def label(
     data: Broad,

@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from ..errors import MMEAError
 from .choose import composition, compositions_left_out
+from .conformers import numbers_of, rdkit, read_smiles, relax
 from .label import LARGEST_FORCE
 from .sample import write_frames
 from .small import in_motion, labelled, xtb
@@ -117,13 +117,9 @@ def embed(smiles: str, seed: int = 0) -> tuple[Atoms, Bridge] | None:
     Raises:
         MMEAError: RDKit is not installed, or cannot read the molecule.
     """
-    chem, geometry, fields, smooth = _rdkit()
-    molecule = chem.MolFromSmiles(smiles)
-    if molecule is None:
-        raise MMEAError(f"{smiles!r} is no molecule")
-    molecule = chem.AddHs(molecule)
-    numbers = np.array([atom.GetAtomicNum() for atom in molecule.GetAtoms()])
-    relax = fields.MMFFOptimizeMolecule if fields.MMFFHasAllMoleculeParams(molecule) else fields.UFFOptimizeMolecule
+    chem, geometry, _, smooth = rdkit()
+    molecule = chem.AddHs(read_smiles(smiles))
+    numbers = numbers_of(molecule)
     best: tuple[float, np.ndarray, Bridge] | None = None
     for bridge in _bridges(numbers, chem.GetDistanceMatrix(molecule)):
         bounds = geometry.GetMoleculeBoundsMatrix(molecule, forceTransAmides=False)
@@ -135,8 +131,7 @@ def embed(smiles: str, seed: int = 0) -> tuple[Atoms, Bridge] | None:
         settings.randomSeed = seed
         settings.SetBoundsMat(bounds)
         for conformer in geometry.EmbedMultipleConfs(molecule, _CONFORMERS, settings):
-            relax(molecule, confId=conformer)
-            positions = np.array(molecule.GetConformer(conformer).GetPositions())
+            positions = relax(molecule, conformer)
             length = float(np.linalg.norm(positions[bridge.hydrogen] - positions[bridge.acceptor]))
             if length < (_LONGEST if best is None else best[0]):
                 best = length, positions, bridge
@@ -174,16 +169,6 @@ def _frames(start: Atoms, bridge: Bridge, rng: np.random.Generator) -> Iterator[
             yield labelled(atoms)
         except (RuntimeError, ValueError, ArithmeticError):  # xTB did not converge: this one is not for learning
             return
-
-
-def _rdkit() -> tuple[Any, Any, Any, Any]:
-    try:
-        from rdkit import Chem
-        from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
-        from rdkit.DistanceGeometry import DoTriangleSmoothing
-    except ImportError as problem:
-        raise MMEAError("conformers need RDKit, which is not installed: pip install 'mmea[label]'") from problem
-    return Chem, rdDistGeom, rdForceFieldHelpers, DoTriangleSmoothing
 
 
 __all__ = ["MOLECULES", "Bridge", "chelates", "embed", "on_its_way", "vinylogous"]
