@@ -140,7 +140,7 @@ class Backbone:
         kind = self.dtype if dtype is None else _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if kind not in _DTYPES.values():
             raise BackboneError(f"dtype is {dtype!r}; expected float32 or float64")
-        self.network.to(self.device if device is None else _device(device), kind)
+        self.network.to(self.device if device is None else device_of(device), kind)
         mark_untrained(self.network)
         return self
 
@@ -221,7 +221,7 @@ def load_backbone(
     if dtype not in _DTYPES:
         raise BackboneError(f"dtype is {dtype!r}; expected float32 or float64")
     _check_kernels(kernels, dtype, fast)
-    _device(device)
+    device_of(device)
     text = str(name_or_path)
     name = text.lower()
     if name in EMBEDDED:
@@ -415,7 +415,7 @@ def _finish(backbone: Backbone, device: str, dtype: Precision, fast: bool = True
     return backbone.to(device, dtype)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
     """The device, if there is one. Raises BackboneError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

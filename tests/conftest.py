@@ -29,8 +29,10 @@ ELEMENTS = (1, 6, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `shared` need development data that is not part of the project."""
+    """Tests marked `shared` need development data that is not part of the project; those on a GPU are marked `gpu`."""
     for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("device") == "cuda":  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.gpu)
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs the development data beside the checkout, which is absent"))
 

@@ -248,7 +248,7 @@ def test_what_goes_to_a_device_goes_there_in_one_copy_and_comes_out_as_it_was() 
     for one, other in zip(unpacked(together, some), some, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
-        assert one.data_ptr() % one.element_size() == 0
+        assert (one.data_ptr() - together.data_ptr()) % 64 == 0  # programs copy what is not aligned
     with Watching() as watching:
         there = on_device(some, torch.device("meta"))
     assert watching.names.count("_to_copy") == 1

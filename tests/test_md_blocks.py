@@ -23,6 +23,7 @@ from mmea_calc.fast.full_table import WIDTHS, width_of
 from mmea_calc.fast.recorded import Recording
 from mmea_calc.md.blocks import LONGEST, Blocks, pays_off
 from mmea_calc.md.integrators import BAOAB
+from mmea_calc.md.record import record
 from mmea_calc.md.simulation import GATES_EVERY, Simulation
 from mmea_calc.md.trajectory import OBSERVABLES
 from mmea_calc.potential import Potential
@@ -202,6 +203,35 @@ def test_widths_that_go_back_and_forth_are_not_recorded_again(monkeypatch: pytes
     assert row.blocks.n_taken == 2 * len(more)
     assert len(made) == 2 * 3  # steps and what is ahead of them, for each width
     assert_the_same(row, simulate((carbon(),), 2 * len(more), blocks=False, **settings))
+
+
+def test_a_run_that_has_ended_has_given_its_recordings_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[Recording[None]] = []
+
+    class Counted(Recording[None]):
+        def __init__(self, function: Callable[[], None], device: torch.device) -> None:
+            super().__init__(function, device)
+            there.append(self)
+
+        def close(self) -> None:
+            super().close()
+            there.remove(self)
+
+    monkeypatch.setattr("mmea_calc.md.blocks.Recording", Counted)
+    row = simulate((ethanol(),), 4, blocks=True)
+    assert len(there) == 2
+    row.close()
+    assert there == []
+    row.advance(2)  # it may go on all the same
+    assert_the_same(row, simulate((ethanol(),), 6, blocks=False))
+    row.close()
+    simulate((ethanol(),), 2, blocks=False).close()  # nothing to give back
+    monkeypatch.setattr("mmea_calc.md.simulation.pays_off", lambda potential: True)
+    seen: list[int] = []
+    config = MDConfig(**{**SETTINGS, "time_ps": 0.02, "stats_every": 2, "traj_every": 2})
+    record(potential(), [ethanol()], config, go_on=lambda step: seen.append(len(there)) is None)
+    assert max(seen) >= 2
+    assert there == []
 
 
 def test_samples_are_the_same_gates_included() -> None:

@@ -596,3 +596,12 @@ def test_xtb_labels_agree_with_the_shipped_ones() -> None:
         energy, forces = label.xtb_energy_and_forces(numbers, positions)
         assert energy == pytest.approx(content["energy_xtb"][0], abs=1e-4)
         assert np.abs(forces - content["forces_xtb"][:n]).max() < 1e-3
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:7"])
+def test_a_device_that_is_not_here_is_told(device: str, tmp_path: Path) -> None:
+    result = mmea("pretrain", "train", "--data", str(PBE), "--out", str(tmp_path / "run"), "--device", device)
+    assert result.exit_code == 1
+    assert device in result.output
+    assert "cpu" in result.output
+    assert not (tmp_path / "run").exists()

@@ -311,6 +311,23 @@ def test_no_two_recordings_are_made_on_one_stream(monkeypatch: pytest.MonkeyPatc
     assert recorded._free_stream(device).cuda_stream == 1
 
 
+def test_streams_of_recordings_that_nobody_can_reach_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(device_index=0, cuda_stream=7))
+    monkeypatch.setattr(recorded, "_TAKEN", set[tuple[int, int]]())
+    monkeypatch.setattr(recorded, "_record", lambda *_: (SimpleNamespace(reset=lambda: None), None))
+    device = torch.device("cuda", 0)
+    gc.disable()
+    try:
+        one: Any = Recording(lambda: None, device)
+        one.itself = one  # a circle, as those of dynamics stand in
+        with pytest.raises(RuntimeError, match="as many as torch has streams"):
+            Recording(lambda: None, device)
+        del one
+        Recording(lambda: None, device).close()
+    finally:
+        gc.enable()
+
+
 def test_a_recording_that_fails_gives_its_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("waits")

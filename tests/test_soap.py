@@ -257,11 +257,11 @@ def positive(p: nn.Parameter) -> Tensor:
     return p.detach() > 0
 
 
-def pair_of(config: TrainConfig = CONFIG) -> tuple[list[Optimiser], list[list[nn.Parameter]]]:
+def pair_of(config: TrainConfig = CONFIG, device: str = "cpu") -> tuple[list[Optimiser], list[list[nn.Parameter]]]:
     """Two optimisers of the same parameters, the second one recorded: rates of two kinds, and entries that decay."""
     optimisers, parameters = [], []
     for recorded in (False, True):
-        own = [nn.Parameter(x) for x in draw()]
+        own = [nn.Parameter(x.to(device)) for x in draw()]
         masked = ParameterGroup(own[:2], decaying=tuple(partial(positive, p) for p in own[:2]))
         optimisers.append(Optimiser(own, [masked, ParameterGroup(own[2:], "thresholds")], config, recorded=recorded))
         parameters.append(own)
@@ -272,7 +272,7 @@ def step_all(optimisers: list[Optimiser], parameters: list[list[nn.Parameter]], 
     for optimiser, own in zip(optimisers, parameters, strict=True):
         optimiser.lr = 0.05 / (1 + step)
         for k, (p, gradient) in enumerate(zip(own, draw(seed=100 + step), strict=True)):
-            p.grad = None if k == without else gradient
+            p.grad = None if k == without else gradient.to(p.device)
         optimiser.step()
 
 
@@ -298,6 +298,13 @@ def test_recorded_steps_are_the_ordinary_ones_and_wait_for_nothing(recordings: l
         assert_same(optimisers, parameters)
     # not the first, which makes bases, and the next two, which show that tensors stay; those with new bases are
     assert recordings == [set()] * (n - 3)
+
+
+def test_recorded_steps_are_the_ordinary_ones_on_every_device(device: str) -> None:
+    optimisers, parameters = pair_of(device=device)
+    for step in range(2 * FREQUENCY + 3):
+        step_all(optimisers, parameters, step)
+        assert_same(optimisers, parameters)
 
 
 def test_a_recorded_step_is_seen_by_those_who_keep_what_they_made_of_a_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,7 @@ def _whole_steps(
     if simulation is not None and rate is not None:
         in_blocks = simulation.blocks is not None and simulation.blocks.n_taken > 0
         notes.insert(0, f"{1000 * n / rate:.2f} ms for a step{', recorded' if in_blocks else ''}")
+        simulation.close()
     return rate, 1 / found["theirs"] if "theirs" in found else None, "; ".join(notes)
 
 

@@ -12,6 +12,8 @@ import torch
 
 Call = Callable[[], object]
 
+_UNTIL_RECORDED = 6  # calls
+
 
 def peak_memory(make: Callable[..., tuple[Call, torch.device]], *args: Any) -> float | None:
     """MB that a call needs beyond what is in use before it, measured in a process of its own.
@@ -30,10 +32,12 @@ def _peak(make: Callable[..., tuple[Call, torch.device]], args: tuple[Any, ...],
     torch.set_num_threads(threads)
     call, device = make(*args)
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        # Reserved, not allocated: a recorded call uses memory that its recording set aside, and allocates nothing.
+        before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        for _ in range(_UNTIL_RECORDED):
+            call()
+        return (torch.cuda.max_memory_reserved(device) - before) / 1e6
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         resident = _kilobytes("/proc/self/status", "VmRSS")
@@ -46,7 +50,8 @@ def _peak(make: Callable[..., tuple[Call, torch.device]], args: tuple[Any, ...],
 def free_memory(device: torch.device) -> float | None:
     """MB that a process may still take, without swapping on a CPU; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e6
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for later
+        return (torch.cuda.mem_get_info(device)[0] + kept) / 1e6
     try:
         return _kilobytes("/proc/meminfo", "MemAvailable") / 1e3
     except OSError:

@@ -127,7 +127,7 @@ def mace_calculator(config: SpeedConfig) -> Any:
     with quiet():
         network = copy.deepcopy(backbone.network)  # e3nn's code in a copy is TorchScript, as where mace-torch loads one
         return mace_calculators().MACECalculator(
-            models=[network], device=backbone.device.type, default_dtype=config.dtype
+            models=[network], device=str(backbone.device), default_dtype=config.dtype
         )
 
 

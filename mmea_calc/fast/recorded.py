@@ -9,6 +9,7 @@ On other devices a recording runs the function, so that all that stands on it is
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 import weakref
@@ -171,12 +172,15 @@ def _copy(of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
 
 def _free_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that no other recording has, from now on taken. Raises RuntimeError where there is none."""
-    with _ONE_AT_A_TIME:
-        for _ in range(_STREAMS):
-            stream = torch.cuda.Stream(device)
-            if _key(stream) not in _TAKEN:
-                _TAKEN.add(_key(stream))
-                return stream
+    for forgotten in (False, True):
+        if forgotten:
+            gc.collect()  # recordings that nobody can reach any more
+        with _ONE_AT_A_TIME:
+            for _ in range(_STREAMS):
+                stream = torch.cuda.Stream(device)
+                if _key(stream) not in _TAKEN:
+                    _TAKEN.add(_key(stream))
+                    return stream
     raise RuntimeError(f"{_STREAMS} recordings are kept already, as many as torch has streams")
 
 
@@ -191,15 +195,17 @@ def _record(
         before = torch.cuda.current_stream(device)
         aside.wait_stream(before)
         # A graph's own context does not leave its stream where ending the recording fails; this one does.
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM_UP - 1):
-                function()
-            _run_without_waiting(function)
-            graph = torch.cuda.CUDAGraph()
-            # The stream that torch takes by itself is one of the first device that anything was recorded on.
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                result = function()
-        before.wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM_UP - 1):
+                    function()
+                _run_without_waiting(function)
+                graph = torch.cuda.CUDAGraph()
+                # The stream that torch takes by itself is one of the first device that anything was recorded on.
+                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                    result = function()
+        finally:
+            before.wait_stream(aside)  # where it failed too: what it wrote may still be on its way
     return graph, result
 
 

@@ -94,12 +94,12 @@ class Blocks:
         values = forces.potential.state()
         if not same_state(values, self._values):
             self._values = values
-            self._close()
+            self.close()
             forces(simulation.state.positions)  # an ordinary call, by which a program is proven before it is recorded
         steps = self._steps(pairs)
         if steps is None:
             self.usable = False
-            self._close()
+            self.close()
             return None
         found = steps.run(pairs, n, look=look)
         if found is None or not (look in steps.proven or self._proves_right(steps, found, look=look)):
@@ -149,14 +149,14 @@ class Blocks:
         steps.proven.add(look)
         return True
 
-    def _close(self) -> None:
-        """Forget all recordings, and with them their memory."""
+    def close(self) -> None:
+        """Forget all recordings, and with them their memory; later blocks are recorded anew."""
         while self._kept:
             self._kept.popitem()[1].close()
 
     def _give_up(self, why: str) -> None:
         self.usable = False
-        self._close()
+        self.close()
         warnings.warn(f"steps are taken one by one ({why})", stacklevel=4)
 
 

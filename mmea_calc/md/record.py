@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,20 +66,23 @@ def record(
     Raises:
         DataError, DynamicsError: structures or settings that cannot be used.
     """
-    simulation = Simulation(potential, starts, config)
+    with closing(Simulation(potential, starts, config)) as simulation, potential.folded():
+        return _record(simulation, config, frames_every, go_on)
+
+
+def _record(simulation: Simulation, config: MDConfig, frames_every: int, go_on: Callable[[int], bool]) -> Record:
     layout, steps = simulation.layout, [0]
     frames: list[tuple[int, FloatArray]] = []
-    with potential.folded():
-        simulation.start()
-        samples, alive = [simulation.sample()], [simulation.monitor.alive.cpu()]
-        while simulation.state.step < config.n_steps and simulation.any_alive() and go_on(simulation.state.step):
-            simulation.advance(config.stats_every)
-            steps.append(simulation.state.step)
-            samples.append(simulation.sample())
-            alive.append(simulation.monitor.alive.cpu())
-            if frames_every and (len(samples) - 1) % frames_every == 0:
-                parts = layout.split(simulation.state.positions.cpu())
-                frames += [(i, p.numpy().copy()) for i, p in enumerate(parts) if alive[-1][i]]
+    simulation.start()
+    samples, alive = [simulation.sample()], [simulation.monitor.alive.cpu()]
+    while simulation.state.step < config.n_steps and simulation.any_alive() and go_on(simulation.state.step):
+        simulation.advance(config.stats_every)
+        steps.append(simulation.state.step)
+        samples.append(simulation.sample())
+        alive.append(simulation.monitor.alive.cpu())
+        if frames_every and (len(samples) - 1) % frames_every == 0:
+            parts = layout.split(simulation.state.positions.cpu())
+            frames += [(i, p.numpy().copy()) for i, p in enumerate(parts) if alive[-1][i]]
     values = torch.where(torch.stack(alive)[:, None], torch.stack(samples), torch.nan).numpy()
     return Record(
         tuple(layout.replicas),

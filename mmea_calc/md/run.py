@@ -132,6 +132,7 @@ def run_md(
                 folder.mkdir(parents=True)
                 held.enter_context(alone_in(folder, DynamicsError))
         write_whole(folder / "config.json", json.dumps({**identity, "time_ps": config.time_ps}, indent=2) + "\n")
+        held.callback(simulation.close)
         run = _Run(simulation, folder, identity, progress, checkpoint)
         for message in messages:
             run.tell(message)

@@ -126,6 +126,11 @@ class Simulation:
     def any_alive(self) -> bool:
         return bool(self.monitor.alive.any())
 
+    def close(self) -> None:
+        """Give back what was recorded: it stands in circles of references, which would keep it for long."""
+        if self.blocks is not None:
+            self.blocks.close()
+
 
 def check_settings(config: MDConfig) -> None:
     """Raise a DynamicsError for settings that make no sense."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapted import attach
-from ..backbone import Backbone, load_backbone, save_backbone
+from ..backbone import Backbone, device_of, load_backbone, save_backbone
 from ..config import AdapterConfig, TrainConfig, fields_of
 from ..errors import TrainingError
 from ..files import replacing, write_text
@@ -168,9 +168,7 @@ class _Run:
         self.settings, self.config_of_loss = settings, settings.training()
         level = read_level(data)
         e0, files = read_e0(data), sorted(data.glob("train-[0-9]*.npz"))
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-        )
+        device = device_of(settings.device)
 
         def packed(some: list[Path], elements: tuple[int, ...]) -> PackedSet:
             return PackedSet(some, e0=e0, elements=elements, device=device)

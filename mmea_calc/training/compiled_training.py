@@ -41,6 +41,7 @@ from ..potential import Potential
 from .steps import Gradients
 
 # Largest difference to the plain gradient, relative to its norm.
+_ALIGNED = 64  # bytes, as those tensors are that a program is made by
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 
@@ -272,20 +273,24 @@ def on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor:
-    """All bytes of tensors in a row, those of large entries first: each begins at a multiple of its entries' size."""
-    return torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in _by_size(tensors)])
+    """All bytes of tensors in a row, each from a multiple of `_ALIGNED` bytes on: programs copy what is not there."""
+    return torch.cat([_filled_up(t.contiguous().view(-1).view(torch.uint8)) for t in tensors])
 
 
 def unpacked(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of `packed`, in the same memory."""
-    order = _by_size(like)
-    pieces = together.split([like[i].numel() * like[i].element_size() for i in order])
-    found = {i: piece.view(like[i].dtype).view(like[i].shape) for i, piece in zip(order, pieces, strict=True)}
-    return [found[i] for i in range(len(like))]
+    sizes = [t.numel() * t.element_size() for t in like]
+    pieces = together.split([n + _lacking(n) for n in sizes])
+    return [p[:n].view(t.dtype).view(t.shape) for p, n, t in zip(pieces, sizes, like, strict=True)]
 
 
-def _by_size(tensors: Sequence[Tensor]) -> list[int]:
-    return sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+def _filled_up(piece: Tensor) -> Tensor:
+    return torch.nn.functional.pad(piece, (0, _lacking(len(piece))))
+
+
+def _lacking(n: int) -> int:
+    """Bytes from n to the next multiple of `_ALIGNED`."""
+    return -n % _ALIGNED
 
 
 def _joined(tables: Sequence[Sequence[Tensor]]) -> list[Tensor]:
