@@ -92,14 +92,18 @@ def _check_output(output: Path, *, resume: bool, tells: bool) -> None:
     """What an earlier training of this name has left is not lost without a word."""
     from mmea_calc.adapter_file import named_after
     from mmea_calc.errors import TrainingError
+    from mmea_calc.files import check_no_folder
     from mmea_calc.training.run_folder import RunFolder
 
     from .console import say
 
+    check_no_folder(output)
     folder = named_after(output, ".run")
     if resume:
         return
-    if RunFolder(folder).checkpoint.exists() and not output.exists():
+    checkpoint = RunFolder(folder).checkpoint
+    # The adapter is written after the last checkpoint: an older one is of a training before.
+    if checkpoint.exists() and not (output.exists() and output.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns):
         raise TrainingError(
             f"{folder} is of a training that did not end: go on with --resume, give another --output, or remove it"
         )
@@ -211,6 +215,13 @@ def _conclude(result: FinetuneResult) -> None:
         f"{result.path} ({size:.0f} kB) holds the weights of epoch {result.best_epoch}, the best on validation; "
         f"trained in {duration(result.seconds)}; the log, settings and plots are in {result.run_dir}"
     )
+    before, after = result.zero_shot["valid"], result.fine_tuned["valid"]
+    if after.energy_mae_meV > before.energy_mae_meV:  # false for NaN: no energies
+        say(
+            f"warning: energies have become worse, {before.energy_mae_meV:.1f} -> {after.energy_mae_meV:.1f} meV: "
+            "train longer, or give a larger --energy-weight",
+            style="yellow",
+        )
     if not result.improved:
         raise TrainingError(
             "the fine-tuned weights are no better on the validation set than before training: train longer, lower "

@@ -82,7 +82,8 @@ def _errors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for key, label in names.items():
             errors = (metrics.get(key) or {}).get(data) or {}
             parts = [text.format(show(errors[k])) for k, text in ERROR_UNITS.items() if errors.get(k) is not None]
-            yield f"MAE {data}, {label}", ", ".join(parts)
+            if parts:
+                yield f"MAE {data}, {label}", ", ".join(parts)
     if sparsity := metrics.get("sparsity"):
         parts = [
             f"{key if key == 'radial' else f'l = {key}'} {value:.1%}" for key, value in sparsity["by_order"].items()

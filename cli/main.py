@@ -6,6 +6,7 @@ Nothing heavy is imported here or at the top of a subcommand's file, so that hel
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -40,10 +41,17 @@ class ExplainedErrors(TyperGroup):
     """A group of commands that turns the errors a user can cause into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (MMEAError, OSError, KeyboardInterrupt) as error:
-            raise leave(error) from None
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell
+            try:
+                return super().invoke(ctx)
+            except (MMEAError, OSError, KeyboardInterrupt) as error:
+                raise leave(error) from None
+
+
+def _tell(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a user reads it, without the place in the code; until the command ends."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 app = typer.Typer(

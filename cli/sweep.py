@@ -71,6 +71,8 @@ def _points(train: list[Path], settings: Settings, given: Mapping[str, Any]) -> 
     options = settings.options
     if options["sweep"] and options["committee"] is not None:
         raise typer.BadParameter("give one of --sweep and --committee; a sweep over seed=0,1,2 varies the seed too")
+    if options["slurm"] and not options["cluster"]:
+        raise typer.BadParameter("--slurm is of trainings that are submitted: give --cluster slurm with it")
     if wrong := [name for name in _SINGLE if options[name]]:
         raise typer.BadParameter(f"--{wrong[0].replace('_', '-')} is for a single training")
     taken = {name: options[name] for name in _TAKEN}

@@ -161,7 +161,11 @@ def read_model(path: Path) -> nn.Module:
     Raises:
         BackboneError: not a whole torch file, or not a pickled network.
     """
+    from .adapter_file import is_adapter
+
     mace_modules()
+    if is_adapter(path):
+        raise BackboneError(f"{path} is an adapter, not a backbone: give it as the adapter, or name its backbone")
     damaged = f"{path} is not a whole torch file: damaged, or cut short; fetch it again"
     if not zipfile.is_zipfile(path):
         raise BackboneError(damaged)

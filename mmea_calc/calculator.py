@@ -11,7 +11,7 @@ One adapter, and the bare backbone beside it:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +96,7 @@ class MMEACalculator(Calculator):
         kernels: Kernels = "own",
     ) -> None:
         super().__init__()
-        sources = [] if adapter is None else [adapter] if isinstance(adapter, AdapterSource) else list(adapter)
+        sources = _sources(adapter)
         if adapter is not None and not sources:
             raise AdapterError("the list of adapters is empty; expected at least one, or None for the bare backbone")
         files = _named([s if isinstance(s, AdapterFile) else read_adapter(s) for s in sources])
@@ -400,6 +400,15 @@ def _results_of(prediction: Prediction) -> Results:
     if prediction.stress is not None:
         results["stress"] = full_3x3_to_voigt_6_stress(prediction.stress[0].double().cpu().numpy())
     return results
+
+
+def _sources(adapter: object) -> list[AdapterSource]:
+    """What was given as a list. Raises AdapterError for what is no adapter."""
+    many = isinstance(adapter, Iterable) and not isinstance(adapter, AdapterSource)
+    sources: list[Any] = [] if adapter is None else list(adapter) if many else [adapter]  # type: ignore[call-overload]
+    if wrong := [s for s in sources if not isinstance(s, AdapterSource)]:
+        raise AdapterError(f"expected the path of an adapter, an AdapterFile, or a list of these; got {wrong[0]!r}")
+    return sources
 
 
 def _named(files: Sequence[AdapterFile]) -> dict[str, AdapterFile]:

@@ -16,6 +16,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from .data.dataset import Dataset
+from .data.preflight import shortest_distance
 from .data.prepared import PreparedDataset
 from .errors import DataError
 from .graph import Graph, check_elements
@@ -206,7 +207,10 @@ def evaluate(
         raise DataError(f"batch_size must be at least 1, got {batch_size}")
     counts = dataset.counts
     if not counts["energy"] and not counts["forces"]:
-        raise DataError(f"{dataset.name}: expected structures with energies or forces to compare with, found none")
+        apart = ", but for isolated atoms, which are not compared" if dataset.isolated_atoms else ""
+        raise DataError(
+            f"{dataset.name}: expected structures with energies or forces to compare with, found none{apart}"
+        )
     graphs = _graphs(potential, dataset)
     adapted = potential.adapter is not None and potential.adapter.enabled
     total = len(graphs) * (1 + adapted)
@@ -221,7 +225,9 @@ def evaluate(
             progress(done + min(start + team.size * batch_size, len(graphs)), total)
         found = {start: part for parts in team.gather(mine) for start, part in parts.items()}
         energies, stresses = (np.concatenate([found[start][k] for start in starts]) for k in (0, 2))
-        return _compare(label, dataset, energies, tuple(f for start in starts for f in found[start][1]), stresses)
+        forces = tuple(f for start in starts for f in found[start][1])
+        _check_finite(dataset, energies, forces)
+        return _compare(label, dataset, energies, forces, stresses)
 
     with potential.folded():
         with_adapter = run("adapter", 0) if adapted else None
@@ -246,6 +252,13 @@ def _graphs(potential: Potential, dataset: Dataset) -> Sequence[Graph]:
         except DataError as problem:
             raise DataError(f"{item.where}: {problem}") from problem
     return graphs
+
+
+def _check_finite(dataset: Dataset, energies: FloatArray, forces: tuple[FloatArray, ...]) -> None:
+    """Raise a DataError where two atoms at one place are why a result is not finite; others show in the errors."""
+    for i, item in enumerate(dataset.structures):
+        if not (np.isfinite(energies[i]) and np.isfinite(forces[i] if forces else 0.0).all()):
+            shortest_distance(item)
 
 
 def _predicted(

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; what is there when the context ends well takes the place of `path`."""
+    check_no_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -28,11 +29,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_no_folder(path: Path) -> None:
+    """Raise an IsADirectoryError where a file is to be written and a folder is, such as `.`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
 def check_place(*paths: Path | None) -> None:
     """Raise an OSError where a file could not be written: better known before what is to be in it is computed."""
     for path in paths:
         if path is None:
             continue
+        check_no_folder(path)
         folder = path.absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))

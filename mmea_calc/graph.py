@@ -50,14 +50,20 @@ class Graph:
 
 def charge_of(atoms: Atoms) -> float:
     """Total charge that a structure is said to have (`info["charge"]`), in elementary charges; 0 if nothing is said."""
-    value = atoms.info.get("charge", atoms.info.get("total_charge", 0))
-    return float(value) if isinstance(value, int | float | np.number) else 0.0
+    return _number(atoms.info.get("charge", atoms.info.get("total_charge", 0)), 0.0)
 
 
 def spin_of(atoms: Atoms) -> float:
     """Spin multiplicity that a structure is said to have (`info["spin"]`); 1 if nothing is said."""
-    value = atoms.info.get("spin", atoms.info.get("total_spin", 1))
-    return float(value) if isinstance(value, int | float | np.number) else 1.0
+    return _number(atoms.info.get("spin", atoms.info.get("total_spin", 1)), 1.0)
+
+
+def _number(value: object, otherwise: float) -> float:
+    """A number, also one that a file gave as text or as an array of one."""
+    try:
+        return float(np.asarray(value).item())
+    except (TypeError, ValueError):
+        return otherwise
 
 
 def build_graph(atoms: Atoms, r_max: float) -> Graph:

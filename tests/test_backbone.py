@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from conftest import batch_of, ethanol, network_config, run
 from mmea_calc import backbone as backbone_module
 from mmea_calc import backbone_file, mace_names
+from mmea_calc.adapter_file import EMBEDDED as EMBEDDED_ADAPTERS
 from mmea_calc.backbone import (
     BACKBONE_FOLDER,
     EMBEDDED,
@@ -292,6 +294,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "interaction_cls": "RealAgnosticDensityResidualInteractionBlock",
     },
 }
+
+
+def test_an_adapter_is_no_backbone_and_no_damaged_one(tmp_path: Path) -> None:
+    adapter = tmp_path / "aspirin.adapter"
+    shutil.copyfile(EMBEDDED_ADAPTERS / "gfn2-to-pbe.adapter", adapter)
+    with pytest.raises(BackboneError, match=r"aspirin\.adapter is an adapter, not a backbone"):
+        load_backbone(adapter, device="cpu")
 
 
 def test_an_embedded_backbone_need_not_be_converted(tmp_path: Path) -> None:

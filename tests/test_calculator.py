@@ -782,9 +782,10 @@ def test_an_adapter_for_another_backbone_is_refused(stored: list[Path]) -> None:
 
 def test_a_charge_is_pointed_out_where_the_backbone_knows_none_and_refused_where_it_knows_them() -> None:
     atoms = ethanol()
-    atoms.info["charge"] = 1
-    with pytest.warns(UserWarning, match="a total charge of 1, of which this backbone knows nothing"):
-        MMEACalculator(backbone=small_backbone()).get_potential_energy(atoms)
+    for value in (1, "1", np.array(1.0), np.array([1])):
+        atoms.info["charge"] = value
+        with pytest.warns(UserWarning, match="a total charge of 1, of which this backbone knows nothing"):
+            MMEACalculator(backbone=small_backbone()).get_potential_energy(atoms)
     specs = {"total_charge": {"type": "continuous", "emb_dim": 4, "per": "graph", "in_dim": 1}}
     network = random_network(embedding_specs=specs)
     accept_neutral_graphs(network)  # as where a backbone is loaded
@@ -793,6 +794,12 @@ def test_a_charge_is_pointed_out_where_the_backbone_knows_none_and_refused_where
         charged.get_potential_energy(atoms)
     atoms.info = {"charge": 0, "spin": 1}
     assert np.isfinite(charged.get_potential_energy(atoms))
+
+
+def test_what_is_no_adapter_is_told() -> None:
+    for wrong in (123, [123], {"a.adapter": 1.0}.values()):
+        with pytest.raises(AdapterError, match="expected the path of an adapter, an AdapterFile, or a list of these"):
+            MMEACalculator(wrong)  # type: ignore[arg-type]
 
 
 def test_two_atoms_at_one_place_are_no_energy() -> None:

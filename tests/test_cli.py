@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from typer.testing import CliRunner
 from conftest import ROOT
 from mmea_calc.adapter_file import read_adapter, write_adapter
 from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig
+from mmea_calc.errors import MMEAError
 from mmea_calc.training.recipes import RECIPES
 from mmea_calc.training.trainer import ProgressEvent
 from mmea_cli.finetune import OTHER_OPTIONS
@@ -122,6 +125,43 @@ def test_a_training_that_did_not_end_is_not_lost(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "a.run is of a training that did not end: go on with --resume" in result.stderr
     assert [p.read_bytes() for p in run.iterdir()] == [b"500 epochs"]
+
+
+def test_a_training_that_did_not_end_is_not_lost_where_an_older_adapter_is(tmp_path: Path) -> None:
+    output, run = tmp_path / "a.adapter", tmp_path / "a.run"
+    command = ("finetune", DATA / "train.xyz", "-o", output, "--epochs", 1, "--device", "cpu", "--method", "readout")
+    mmea(*command)
+    assert output.exists()  # whether or not it helped
+    checkpoint, adapter = (path.stat().st_mtime_ns for path in (run / "checkpoint.pt", output))
+    assert adapter >= checkpoint
+    os.utime(run / "checkpoint.pt", ns=(adapter + 1, adapter + 1))  # of a later training that was killed
+    written = output.read_bytes()
+    result = mmea(*command)
+    assert result.exit_code == 1
+    assert "a.run is of a training that did not end: go on with --resume" in result.stderr
+    assert output.read_bytes() == written
+
+
+@pytest.mark.parametrize("output", [".", "..", "a_folder"])
+def test_a_folder_is_no_name_for_an_adapter(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = mmea("finetune", DATA / "train.xyz", "-o", output, "--epochs", 1, "--device", "cpu")
+    assert (result.exit_code, result.stderr) == (1, f"mmea: {output}: is a directory\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["a_folder"]
+
+
+def test_warnings_are_told_without_the_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubt(*_: object) -> None:
+        warnings.warn("one thing is odd", stacklevel=2)
+        raise MMEAError("another is wrong")
+
+    monkeypatch.setattr("mmea_calc.adapter_file.read_adapter", doubt)
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert mmea("info", "x.adapter").stderr == "warning: one thing is odd\nmmea: another is wrong\n"
+    assert warnings.showwarning is before
 
 
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,16 @@ def test_a_prediction_that_is_not_a_number_shows_in_the_errors(
     assert np.isnan(found.mae_meV)
 
 
+def test_two_atoms_at_one_place_are_told_with_their_structure(potential: Potential) -> None:
+    dataset, _, _ = labelled(potential)
+    structures = list(dataset.structures)
+    atoms = structures[2].atoms.copy()
+    atoms.positions[1] = atoms.positions[0]
+    structures[2] = replace(structures[2], atoms=atoms)
+    with pytest.raises(DataError, match=rf"{structures[2].where}: atom 0 .* and atom 1 .* are 0.000 A apart"):
+        evaluate(potential, replace(dataset, structures=tuple(structures)))
+
+
 def summary(evaluation: Evaluation) -> dict[str, Any]:
     return json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
 

@@ -228,8 +228,13 @@ def test_a_run_that_has_ended_has_given_its_recordings_back(monkeypatch: pytest.
     simulate((ethanol(),), 2, blocks=False).close()  # nothing to give back
     monkeypatch.setattr("mmea_calc.md.simulation.pays_off", lambda potential: True)
     seen: list[int] = []
+
+    def look(step: int) -> bool:
+        seen.append(len(there))
+        return True
+
     config = MDConfig(**{**SETTINGS, "time_ps": 0.02, "stats_every": 2, "traj_every": 2})
-    record(potential(), [ethanol()], config, go_on=lambda step: seen.append(len(there)) is None)
+    record(potential(), [ethanol()], config, go_on=look)
     assert max(seen) >= 2
     assert there == []
 

@@ -110,6 +110,41 @@ def test_what_is_trained_is_kept_until_settings_or_data_change(data: Path, tmp_p
     assert other.identity() != before
 
 
+@pytest.mark.parametrize("left", ["of other settings", "damaged"])
+def test_a_checkpoint_that_is_of_no_use_is_no_hindrance(left: str, data: Path, tmp_path: Path) -> None:
+    """A sweep with other settings that was stopped before its first checkpoint, or one whose checkpoint is damaged."""
+    job = point(data, tmp_path / "a.adapter")
+    assert train_point(job).reason == ""
+    checkpoint = tmp_path / "a.run" / "checkpoint.pt"
+    other = replace(job, training=replace(ONCE, epochs=2))
+    if left == "damaged":
+        checkpoint.write_bytes(b"half a fi")
+    assert checkpoint.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmea_calc.training.sweep._finetuning", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_point(other)
+    if left == "damaged":
+        checkpoint.write_bytes(b"half a fi")
+    assert train_point(other).reason == ""
+    assert read_adapter(other.output).training["epochs"] == 2
+
+
+def _stopped(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_seeds_of_a_sweep_share_their_split(data: Path, tmp_path: Path) -> None:
+    points = grid(["seed=3,4"], {"epochs": 1, "method": "readout"}, folder=tmp_path, train=[data], options={})
+    one, two = (replace(p, training=replace(p.training, device="cpu", valid_fraction=0.4)) for p in points)
+    assert (train_point(one).reason, train_point(two).reason) == ("", "")
+    first, second = (read_adapter(p.output) for p in (one, two))
+    assert first.data["valid"]["sha256"] == second.data["valid"]["sha256"]
+    assert (first.training["seed"], second.training["seed"]) == (3, 4)
+    given = grid(["lr=0.1"], {"seed": 7}, folder=tmp_path, train=[data], options={})
+    assert "split_seed" not in given[0].options
+
+
 def test_a_training_that_fails_is_a_row_with_its_reason_and_the_others_go_on(data: Path, tmp_path: Path) -> None:
     jobs = [point(data, tmp_path / "a.adapter"), point(data, tmp_path / "b.adapter")]
     jobs[0] = replace(jobs[0], training=replace(ONCE, clip_norm=0.0))
@@ -166,6 +201,7 @@ def test_the_command_trains_a_sweep_and_writes_one_table(data: Path, tmp_path: P
     [
         (["--sweep", "lr=1,2", "--committee", "2"], "one of --sweep and --committee"),
         (["--committee", "2", "--devices", "2"], "--devices is for a single training"),
+        (["--sweep", "lr=1,2", "--slurm", "slurm_partition=gpu"], "give --cluster slurm with it"),
         (["--jobs", "2"], "--jobs is for several trainings"),
         (["--sweep", "lr=1,2", "-o", "x.adapter"], "folder's name"),
     ],

@@ -142,7 +142,7 @@ def bond_stiffness(structures: Sequence[Labelled]) -> float | None:
         kind = z.tobytes()
         pairs = neighbours(item.atoms, 2.5)
         first, second, d, vector = pairs.first, pairs.second, pairs.distances, pairs.vectors
-        bonded = (first < second) & np.isin(z[first], _NONMETALS) & np.isin(z[second], _NONMETALS)
+        bonded = (first < second) & (d > 0) & np.isin(z[first], _NONMETALS) & np.isin(z[second], _NONMETALS)
         bonded &= d < 1.25 * (covalent_radii[z[first]] + covalent_radii[z[second]])
         first, second, d, vector = first[bonded], second[bonded], d[bonded], vector[bonded]
         pull = 0.5 * ((item.forces[second] - item.forces[first]) * vector).sum(axis=1) / d

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from ..adapter_file import named_after
 from ..config import DEFAULT_BACKBONE, AdapterConfig, TrainConfig, fields_of, setting_types, to_dict
 from ..data.reference_energies import identity_of
-from ..errors import MMEAError, TrainingError
+from ..errors import CheckpointError, MMEAError, TrainingError
 from ..fast.memory import keep_freed_memory
 from ..files import json_ready, write_text
 from ..methods import method_named
 from ..setting_values import from_text
 from .recipes import RECIPES, recipe_for
+from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -46,7 +47,7 @@ class Point:
         output: the adapter file.
         train: files, as of `open_dataset`.
         options: `valid`, `test` (files), `energy_key`, `forces_key`, `stress_key`, and what else `finetune` takes:
-            backbone, head, init, E0s, level_of_theory.
+            backbone, head, init, E0s, level_of_theory; `split_seed`, of the split where it is not the training's own.
     """
 
     name: str
@@ -131,12 +132,15 @@ def grid(
     names = [name for name, _ in axes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TrainingError(f"the sweep names {', '.join(twice)} more than once: give all its values together")
+    # Errors on validation sets that differ do not compare: seeds share the split of the common one.
+    more = {"split_seed": _settings(given)[1].seed} if "seed" in names else {}
     points = []
     for values in itertools.product(*(values for _, values in axes)):
         varied = dict(zip(names, values, strict=True))
         adapter, training = _settings({**given, **varied})
         name = "_".join(f"{key}={_text(value)}" for key, value in varied.items())
-        points.append(Point(name, varied, adapter, training, folder / f"{name}.adapter", tuple(train), dict(options)))
+        output = folder / f"{name}.adapter"
+        points.append(Point(name, varied, adapter, training, output, tuple(train), {**options, **more}))
     return points
 
 
@@ -190,10 +194,17 @@ def _training(point: Point, backbone: Backbone | None) -> Training[Outcome]:
     record = _record(point)
     if record is not None and record["outcome"] is not None and point.output.exists():
         return Outcome(**record["outcome"])
+    checkpoint = RunFolder(named_after(point.output, ".run")).checkpoint
     try:
         point.output.parent.mkdir(parents=True, exist_ok=True)
+        if record is None:
+            checkpoint.unlink(missing_ok=True)  # of other settings; the record tells whose the next one is
         _write_record(point, None)
-        result = yield from _finetuning(point, backbone, resume=record is not None)
+        try:
+            result = yield from _finetuning(point, backbone, resume=record is not None)
+        except CheckpointError:  # of another version, or damaged: nobody needs it
+            checkpoint.unlink()
+            result = yield from _finetuning(point, backbone, resume=False)
     except MMEAError as problem:
         return Outcome(point.name, point.varied, reason=" ".join(str(problem).split()))
     errors = result.fine_tuned["valid"]
