@@ -167,7 +167,7 @@ def show_table(result: ResultTable, sentences: Sequence[str]) -> None:
 
     for start in range(0, len(result.columns), WIDEST):
         out().print(_part(result, slice(start, start + WIDEST), last=start + WIDEST >= len(result.columns)))
-    for sentence in sentences:
+    for sentence in (*sentences, *result.notes):
         say(sentence)
     if result.published_backbone is not None:
         say(published_sentence(result))

@@ -21,7 +21,7 @@ from mmea_calc.backbone import Backbone
 from mmea_calc.benchmark import BenchmarkEvent, plan, published_task, run, runner, training
 from mmea_calc.benchmark.cells import CellResult, read_results
 from mmea_calc.benchmark.method_spec import parse_methods
-from mmea_calc.benchmark.results_folder import reference_energies_of
+from mmea_calc.benchmark.results_folder import other_reference_energies, reference_energies_of
 from mmea_calc.benchmark.tasks import VALID, Task
 from mmea_calc.config import DEFAULT_BACKBONE, BenchmarkConfig
 from mmea_calc.data.reading import read_dataset
@@ -413,6 +413,9 @@ def test_the_published_recipe_fits_reference_energies_where_there_are_no_isolate
         (own, plain) = parse_methods(BenchmarkConfig(methods=("mmea:recipe=paper", "mmea")))
         assert reference_energies_of(task, BenchmarkConfig(), own.recipe) == expected
         assert reference_energies_of(task, BenchmarkConfig(), plain.recipe) is None
+        assert other_reference_energies(task, BenchmarkConfig()) == expected
+        assert other_reference_energies(task, paper) is None
+        assert other_reference_energies(task, BenchmarkConfig(E0s="estimated")) is None
 
 
 @pytest.mark.shared

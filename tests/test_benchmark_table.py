@@ -102,6 +102,21 @@ def test_the_bare_backbone_comes_first_and_counts_once_per_seed() -> None:
     assert (energy.mean, energy.n) == (32.0, 2)
 
 
+def test_the_bare_backbone_has_the_reference_energies_of_the_folder_wherever_some_cell_has() -> None:
+    far = measured(1, 2, replace(BARE, energy_mae=35000.0))
+    paper = [replace(cell("elora:recipe=paper", seed), errors={VALID: far, "": far}) for seed in (1, 2)]
+    both = table(*paper, cell("mmea", 1), paper_E0s="average")
+    assert both.rows[0].entries[ASPIRIN].energy == Statistic(30.0, None, 1)
+    assert both.notes == ()
+    alone = table(*paper, cell("mmea", 1, system="zinc"), paper_E0s="average")
+    assert alone.rows[0].entries[ASPIRIN].energy == Statistic(35000.0, 0.0, 2)
+    sentence = "Energies of the backbone alone of aspirin are with the reference energies of recipe=paper: average."
+    assert alone.notes == (sentence,)
+    assert sentence in markdown(alone, [])
+    # where the published recipe has no reference energies of its own, there is nothing to say
+    assert table(*paper).notes == ()
+
+
 def test_the_lowest_of_every_column_is_the_best_and_published_figures_do_not_compete() -> None:
     result = table(cell("mmea", 1, 8.0, 100.0), cell("full", 1, 40.0, 20.0), cell("mmea", 1, 90.0, 90.0, system="zinc"))
     assert result.best == {
@@ -355,6 +370,15 @@ def test_energies_decide_where_there_are_no_forces() -> None:
     choice = recommend(results, tolerance=0.02)
     assert (choice.method, choice.quantity) == ("full", "energy")
     assert "validation error of the energy of 4.0 meV" in choice.reason
+
+
+def test_the_bare_backbone_that_energies_are_judged_by_is_that_of_the_table() -> None:
+    far = measured(35.0, None, SetErrors(35000.0, 35000.0, None, None))
+    paper = [replace(cell("elora:recipe=paper", seed), errors={VALID: far}) for seed in (1, 2)]
+    results = [*paper, cell("mmea", 1, 31.0, None), cell("mmea", 2, 31.0, None)]
+    choice = recommend(results, tolerance=0.02)
+    assert choice.method is None
+    assert "the backbone alone (energy 30.0 meV)" in choice.reason
 
 
 def test_energies_decide_where_some_validation_parts_have_no_forces() -> None:

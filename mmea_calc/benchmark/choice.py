@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import TrainingError
 from ..methods import METHODS
 from .cells import CellResult, stem_of
-from .table import Quantity, Statistic
+from .table import Quantity, Statistic, bare_cells
 from .tasks import VALID
 
 UNITS: dict[Quantity, str] = {"energy": "meV", "forces": "meV/Å"}
@@ -77,7 +77,7 @@ def recommend(results: Iterable[CellResult], *, tolerance: float) -> Choice:
             candidates.append(Candidate(method, Statistic.of(values), largest.parameters, largest.file_bytes))
     if not candidates:
         raise TrainingError(f"no method can be recommended: {'; '.join(left_out)}")
-    bare = Statistic.of([getattr(r.errors[VALID].zero_shot, f"{quantity}_mae") for r in done])
+    bare = Statistic.of([getattr(r.errors[VALID].zero_shot, f"{quantity}_mae") for r in bare_cells(done, VALID)])
     choice = choose(candidates, bare.mean, tolerance=tolerance, quantity=quantity)
     sentences = [choice.reason, *(f"{sentence}." for sentence in left_out)]
     own = [r for r in done if r.method == choice.method]

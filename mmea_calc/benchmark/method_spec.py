@@ -12,6 +12,8 @@ from ..methods import method_named, unused_settings
 from ..setting_values import from_text
 from ..training.recipes import RECIPES, recipe_for
 
+PAPER = "paper"
+
 # Given by the benchmark itself, for all methods alike.
 _RESERVED = ("method", "seed", "device", "valid_fraction")
 
@@ -67,6 +69,12 @@ def parse_method(text: str, config: BenchmarkConfig) -> MethodSpec:
         own = [key for key in named if hasattr(now, key)]
         words += [f"{key}={_text(getattr(now, key))}" for key in own if getattr(now, key) != getattr(before, key)]
     return MethodSpec(f"{name}:{','.join(words)}" if words else name, adapter, training, recipe or config.recipe)
+
+
+def recipe_of(label: str) -> str | None:
+    """The recipe that the label of a method names, which comes first in it; None: that of all methods, or its own."""
+    key, _, recipe = label.partition(":")[2].partition(",")[0].partition("=")
+    return recipe if key == "recipe" else None
 
 
 def _named_fields(rest: str, text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..files import write_text
 from .cells import CellResult, read_results
 from .method_spec import parse_methods
 from .published import SOURCE
-from .results_folder import CELLS, reference_energies_of, valid_fraction
+from .results_folder import CELLS, other_reference_energies, reference_energies_of, valid_fraction
 from .table import QUANTITIES, Column, ResultTable, Row, Statistic, build_table
 from .tasks import Task
 
@@ -33,6 +33,7 @@ def table_of(task: Task, folder: str | Path, config: BenchmarkConfig) -> ResultT
         systems=[s.name for s in task.systems],
         methods=[spec.label for spec in parse_methods(config)],
         with_validation=task.with_validation,
+        paper_E0s=other_reference_energies(task, config),
     )
 
 
@@ -81,7 +82,7 @@ def markdown(table: ResultTable, sentences: Sequence[str], remark: str | None = 
         cells = [_entry_text(table, row, column) for column in table.columns]
         label = {"zero-shot": row.label, "method": f"`{row.label}`", "published": f"*{row.label}*"}[row.kind]
         lines.append(f"| {' | '.join([label, *cells, *numbers(row)])} |")
-    text = [*sentences]
+    text = [*sentences, *table.notes]
     if table.published_backbone is not None:
         text.append(published_sentence(table))
     if table.failures:

@@ -15,6 +15,7 @@ from ..config import BenchmarkConfig
 from ..data.reference_energies import identity_of
 from ..errors import TrainingError
 from ..files import json_ready, write_text
+from .method_spec import PAPER
 from .tasks import Task
 
 SETTINGS, CELLS = "settings.json", "cells"
@@ -46,9 +47,15 @@ def shared_settings(task: Task, config: BenchmarkConfig, backbone: Backbone | No
 
 def reference_energies_of(task: Task, config: BenchmarkConfig, recipe: str | None = None) -> str | None:
     """As `finetune` takes them; the published recipe, of all methods or of one, has its own without isolated atoms."""
-    if config.E0s is None and "paper" in (recipe, config.recipe):
+    if config.E0s is None and PAPER in (recipe, config.recipe):
         return task.paper_E0s
     return config.E0s
+
+
+def other_reference_energies(task: Task, config: BenchmarkConfig) -> str | None:
+    """Those of methods that name the published recipe, where all others have the folder's; None: they are the same."""
+    paper = reference_energies_of(task, config, PAPER)
+    return None if paper == reference_energies_of(task, config) else paper
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

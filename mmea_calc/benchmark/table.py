@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..methods import METHODS
 from .cells import CellResult, Measured
+from .method_spec import PAPER, recipe_of
 from .published import Pair, published
 from .tasks import LAYOUTS, VALID, Measure
 
@@ -95,6 +96,7 @@ class ResultTable:
         best: (row label, column, quantity) of the lowest of every column; published figures do not compete.
         failures: sentences, one for every cell that failed.
         published_backbone: that published figures are of; None where there are none.
+        notes: sentences on what is not as the rest.
     """
 
     title: str
@@ -105,6 +107,7 @@ class ResultTable:
     best: frozenset[tuple[str, Column, Quantity]]
     failures: tuple[str, ...]
     published_backbone: str | None
+    notes: tuple[str, ...] = ()
 
 
 def build_table(
@@ -117,6 +120,7 @@ def build_table(
     systems: Sequence[str] = (),
     methods: Sequence[str] = (),
     with_validation: bool = False,
+    paper_E0s: str | None = None,
 ) -> ResultTable:
     """The table of all results.
 
@@ -128,6 +132,7 @@ def build_table(
         backbone: its name; published figures depend on it.
         systems, methods: those that come first, in this order.
         with_validation: show validation errors even where there are tests.
+        paper_E0s: reference energies of the methods that name the published recipe, where all others have others.
     """
     results = list(results)
     done = [r for r in results if r.finished]
@@ -151,7 +156,21 @@ def build_table(
         best=_best(rows, columns),
         failures=tuple(f"{r.system}, {r.method}, seed {r.seed}: {r.reason}" for r in results if not r.finished),
         published_backbone=source if any_published else None,
+        notes=_zero_shot_notes(done, columns, paper_E0s),
     )
+
+
+def bare_cells(done: Iterable[CellResult], test: str) -> list[CellResult]:
+    """The finished cells of one system that errors of the bare backbone are taken from, one for each seed.
+
+    Seeds differ in reference energies and validation structures; methods do not, but for those that name the published
+    recipe: it may have reference energies of its own, so these count only where there is nothing else.
+    """
+    measured = [r for r in done if test in r.errors]
+    by_seed: dict[int, CellResult] = {}
+    for r in [r for r in measured if recipe_of(r.method) != PAPER] or measured:
+        by_seed.setdefault(r.seed, r)
+    return list(by_seed.values())
 
 
 def _ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
@@ -195,15 +214,28 @@ def _statistics(measured: Sequence[Measured], measure: Measure, *, zero_shot: bo
 
 
 def _zero_shot(done: Sequence[CellResult], columns: Sequence[Column], measure: Measure) -> Row:
-    """Seeds differ in reference energies and validation structures; methods do not, so one of them counts."""
     entries = {}
     for column in columns:
-        by_seed: dict[int, Measured] = {}
-        for r in done:
-            if r.system == column.system and column.test in r.errors:
-                by_seed.setdefault(r.seed, r.errors[column.test])
-        entries[column] = _statistics(list(by_seed.values()), measure, zero_shot=True)
+        cells = bare_cells((r for r in done if r.system == column.system), column.test)
+        entries[column] = _statistics([r.errors[column.test] for r in cells], measure, zero_shot=True)
     return Row(ZERO_SHOT, "zero-shot", entries=entries)
+
+
+def _zero_shot_notes(done: Sequence[CellResult], columns: Sequence[Column], paper_E0s: str | None) -> tuple[str, ...]:
+    """Where the bare backbone has the published recipe's reference energies, for want of cells with the folder's."""
+    if paper_E0s is None:
+        return ()
+    having = [
+        heading
+        for column, heading in zip(columns, _headings(columns), strict=True)
+        if any(
+            recipe_of(r.method) == PAPER
+            for r in bare_cells((r for r in done if r.system == column.system), column.test)
+        )
+    ]
+    where = "" if len(having) == len(columns) else f" of {', '.join(having)}"
+    sentence = f"Energies of the {ZERO_SHOT}{where} are with the reference energies of recipe=paper: {paper_E0s}."
+    return (sentence,) if having else ()
 
 
 def _method(method: str, results: Sequence[CellResult], columns: Sequence[Column], measure: Measure) -> Row:
