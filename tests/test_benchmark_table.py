@@ -138,6 +138,20 @@ def test_published_figures_stand_below_their_method() -> None:
     assert result.published_backbone == "MACE-OFF23 medium"
 
 
+def test_published_figures_stand_below_the_published_recipe_where_it_is_there() -> None:
+    alone = table(cell("mmea:recipe=paper", 1))
+    assert [row.label for row in alone.rows] == [ZERO_SHOT, "mmea:recipe=paper", "mmea, published"]
+    energy = alone.rows[2].entries[ASPIRIN].energy
+    assert energy == Statistic(7.3, None, 1)
+    both = table(cell("mmea", 1), cell("mmea:recipe=paper", 1), cell("full", 1), methods=["mmea"])
+    assert [(row.label, row.method) for row in both.rows] == [
+        (ZERO_SHOT, ""), ("mmea", "mmea"), ("full", "full"), ("full, published", "full"),
+        ("mmea:recipe=paper", "mmea:recipe=paper"), ("mmea, published", "mmea:recipe=paper"),
+    ]  # fmt: skip
+    other = table(cell("mmea:recipe=paper,lr=0.1", 1), cell("mmea:recipe=sparse", 1))
+    assert "published" not in {row.kind for row in other.rows}
+
+
 def test_published_figures_at_300_k_are_not_shown_for_other_training_data() -> None:
     cool = table(cell("mmea", 1, system="300K", test="600 K"), benchmark="acac")
     hot = table(cell("mmea", 1, system="600K", test="600 K"), benchmark="acac")

@@ -140,13 +140,17 @@ def build_table(
     figures, source = published(benchmark, backbone)
     rows = [_zero_shot(done, columns, measure)] if done else []
     any_published = False
-    for method in _ordered((r.method for r in results), methods):
+    labels = _ordered((r.method for r in results), methods)
+    under = _published_under(labels)
+    for method in labels:
         rows.append(_method(method, [r for r in results if r.method == method], columns, measure))
-        pairs = {c: figures.get(_published_column(benchmark, c), {}).get(method) for c in columns}
+        if (name := under.get(method)) is None:
+            continue
+        pairs = {c: figures.get(_published_column(benchmark, c), {}).get(name) for c in columns}
         entries = {c: _published_entry(pair) for c, pair in pairs.items() if pair is not None}
         if entries:
             any_published = True
-            rows.append(Row(f"{method}, published", "published", method, entries))
+            rows.append(Row(f"{name}, published", "published", method, entries))
     return ResultTable(
         title=title,
         measure=measure,
@@ -267,6 +271,16 @@ def _published_column(benchmark: str, column: Column) -> str:
     if benchmark == "rmd17":
         return column.system
     return column.test if column.system == "300K" else ""
+
+
+def _published_under(labels: Sequence[str]) -> dict[str, str]:
+    """Label -> name of the published figures that stand below it.
+
+    They are of the published recipe: below a label that names it and nothing else, where there is one.
+    """
+    of_the_recipe = {f"{label}:recipe={PAPER}": label for label in METHODS}
+    named = {label: of_the_recipe[label] for label in labels if label in of_the_recipe}
+    return {label: label for label in labels if label not in named.values()} | named
 
 
 def _published_entry(pair: Pair) -> Entry:
