@@ -67,7 +67,7 @@ def benchmark(
     results = train_cells(task, output, config, whole_report=False)
     table = write_tables(task, output, config)
     draw(table, output / PICTURE)
-    show_table(table, describe(task, config, results))
+    show_table(table, describe(task, config, table.results))
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
     conclude(results)
 

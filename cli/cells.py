@@ -112,6 +112,9 @@ class CellsDisplay:
             _show_report(event.system.name, event.report, whole=self._whole_report)
             return
         assert event.cell is not None
+        if event.what == "measured":
+            say(f"{event.cell.title}: measured on the test structures as they are now")
+            return
         place = f"[{event.number}/{event.total}] {event.cell.title}"
         if event.what == "begin":
             say(place)

@@ -90,7 +90,7 @@ def compare(
     verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
     table = write_tables(task, output, config, remark=verdict)
     draw(table, output / PICTURE)
-    show_table(table, describe(task, config, results))
+    show_table(table, describe(task, config, table.results))
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
     say(verdict, style="bold")
     if choice.stem is not None:

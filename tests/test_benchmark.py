@@ -18,10 +18,11 @@ from test_finetuning import tiny_backbone as make_backbone
 
 from mmea_calc.adapter_file import read_adapter
 from mmea_calc.backbone import Backbone
-from mmea_calc.benchmark import BenchmarkEvent, plan, published_task, run, runner, training
+from mmea_calc.benchmark import BenchmarkEvent, plan, published_task, run, runner, training, write_tables
 from mmea_calc.benchmark.cells import CellResult, read_results
 from mmea_calc.benchmark.method_spec import parse_methods
 from mmea_calc.benchmark.results_folder import other_reference_energies, reference_energies_of
+from mmea_calc.benchmark.table import Column
 from mmea_calc.benchmark.tasks import VALID, Task
 from mmea_calc.config import DEFAULT_BACKBONE, BenchmarkConfig
 from mmea_calc.data.reading import read_dataset
@@ -392,6 +393,48 @@ def test_a_test_that_comes_later_is_measured_without_training(acac: Path, tmp_pa
     assert set(after.errors) - set(before.errors) == {"300 K"}
     assert {k: after.errors[k] for k in before.errors} == dict(before.errors)
     assert after.seconds == before.seconds
+
+
+def test_all_cells_of_the_folder_are_measured_on_a_test_that_has_changed(
+    data: Path, task: Task, tmp_path: Path
+) -> None:
+    readout, gates = (replace(CONFIG, methods=(method,)) for method in ("readout", "gates:gate_rank=2"))
+    (before,) = run(task, tmp_path / "R", readout)
+    write(data / "one" / "test.xyz", labelled(3, seed=20), format="extxyz")
+    changed, seen = published_task("rmd17", data, ["one"]), Trained()
+    (fresh,) = run(changed, tmp_path / "R", gates, progress=seen)
+    assert seen.what == ["report", "measured", "begin", "finished"]
+    after = {r.method: r for r in read_results(tmp_path / "R" / "cells")}["readout"]
+    assert after.errors[""].sha256 == fresh.errors[""].sha256 == changed.systems[0].tests[""].hash
+    assert after.errors[""].zero_shot == fresh.errors[""].zero_shot != before.errors[""].zero_shot
+    assert after == replace(before, errors={**before.errors, "": after.errors[""]})
+    table = write_tables(changed, tmp_path / "R", gates)
+    assert [row.entries[Column("one", "")].forces is None for row in table.rows] == [False] * 3
+    assert table.notes == ()
+
+
+@pytest.mark.parametrize("adapter", ["gone", "damaged"])
+def test_what_cannot_be_measured_on_the_changed_test_is_left_out_of_its_column_and_named(
+    data: Path, task: Task, tmp_path: Path, adapter: str
+) -> None:
+    readout, gates = (replace(CONFIG, methods=(method,)) for method in ("readout", "gates:gate_rank=2"))
+    (before,) = run(task, tmp_path / "R", readout)
+    path = tmp_path / "R" / "cells" / "one-readout-seed1.adapter"
+    if adapter == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"bad")
+    write(data / "one" / "test.xyz", labelled(3, seed=20), format="extxyz")
+    changed = published_task("rmd17", data, ["one"])
+    run(changed, tmp_path / "R", gates)
+    assert before in read_results(tmp_path / "R" / "cells")
+    table = write_tables(changed, tmp_path / "R", gates)
+    forces = {row.method: row.entries[Column("one", "")].forces for row in table.rows}
+    assert forces["readout"] is None
+    assert forces["gates:gate_rank=2"] is not None
+    (note,) = table.notes
+    assert note.startswith("Left out of one, since measured on other test structures: readout seed 1.")
+    assert note in (tmp_path / "R" / "results.md").read_text()
 
 
 def test_a_training_file_that_is_missing_is_an_error_that_names_those_there(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -182,6 +183,23 @@ def test_a_comparison_ends_in_one_recommendation_with_its_figures(data: Path) ->
     alone = mmea(*arguments[: arguments.index("--methods")], "--methods", "full", "--seeds", 1, 2)
     assert recommended[0] in alone.output
     assert recommended[0] in Path("C/results.md").read_text()
+
+
+def test_a_comparison_with_other_test_structures_measures_all_on_them(data: Path) -> None:
+    def compare(method: str, *more: str) -> str:
+        result = mmea("compare", "train.xyz", "-o", "C", *QUICK, "--methods", method, *more)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    write("other.xyz", labelled(3, 2), format="extxyz")
+    compare("readout", "--test", "test.xyz")
+    output = compare("gates:gate_rank=2", "--test", "other.xyz")
+    assert "train, readout, seed 1: measured on the test structures as they are now" in output
+    with Path("C/cells.csv").open() as file:
+        assert [line["structures"] for line in csv.DictReader(file) if line["set"] == "test"] == ["3", "3"]
+    next(Path("C/cells").glob("train-gates*.adapter")).unlink()
+    output = compare("readout", "--test", "test.xyz")
+    assert "Left out of train → test, since measured on other test structures: gates:gate_rank=2 seed 1." in output
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -117,6 +117,26 @@ def test_the_bare_backbone_has_the_reference_energies_of_the_folder_wherever_som
     assert table(*paper).notes == ()
 
 
+def test_a_column_is_of_one_set_of_structures() -> None:
+    def on(structures: str, method: str, forces: float) -> CellResult:
+        errors = {VALID: measured(1.0, 2.0), "": replace(measured(1.0, forces), sha256=structures)}
+        return replace(cell(method, 1), errors=errors)
+
+    results = on("old", "elora", 5.0), on("new", "full", 6.0), on("old", "mmea", 7.0)
+
+    def shown(result: ResultTable) -> dict[str, float]:
+        rows = [row for row in result.rows if row.kind == "method"]
+        return {row.method: forces.mean for row in rows if (forces := row.entries[ASPIRIN].forces) is not None}
+
+    asked = table(*results, tests={("aspirin", ""): "new"})
+    assert shown(asked) == {"full": 6.0}
+    assert "Left out of aspirin, since measured on other test structures: elora seed 1, mmea seed 1." in asked.notes[0]
+    unknown = table(*results)
+    assert shown(unknown) == {"elora": 5.0, "mmea": 7.0}
+    assert "full seed 1" in unknown.notes[0]
+    assert table(results[0], results[2]).notes == ()
+
+
 def test_the_lowest_of_every_column_is_the_best_and_published_figures_do_not_compete() -> None:
     result = table(cell("mmea", 1, 8.0, 100.0), cell("full", 1, 40.0, 20.0), cell("mmea", 1, 90.0, 90.0, system="zinc"))
     assert result.best == {

@@ -21,7 +21,7 @@ from ..config import AdapterConfig, TrainConfig, from_dict, to_dict
 from ..errors import TrainingError
 from ..evaluation import GroupErrors
 from ..files import json_ready, write_text
-from .method_spec import MethodSpec
+from .method_spec import MethodSpec, recipe_of
 from .tasks import System
 
 CELL_VERSION = 1
@@ -167,6 +167,14 @@ class Cell:
                 yield True
 
 
+def cell_of(result: CellResult, system: System, folder: Path) -> Cell:
+    """The cell in `folder` that a kept result is of. Raises TrainingError for settings of another version."""
+    stem = stem_of(result.system, result.method, result.seed)
+    adapter, training = _configs(result.adapter_config, result.training, folder / f"{stem}.json")
+    spec = MethodSpec(result.method, adapter, training, recipe_of(result.method))
+    return Cell(system, spec, result.seed, adapter, training, folder)
+
+
 def stem_of(system: str, method: str, seed: int) -> str:
     """Name of the files of a cell, without what file systems do not like."""
     return "-".join(re.sub(r"[^\w=.+]+", "_", word) for word in (system, method, f"seed{seed}"))
@@ -202,8 +210,12 @@ def read_results(folder: Path) -> list[CellResult]:
 
 def _complete(adapter: dict[str, Any], training: dict[str, Any], path: Path) -> dict[str, Any]:
     """All settings by name; those that did not exist when they were written have their defaults."""
+    parts = zip(("adapter", "training"), _configs(adapter, training, path), strict=True)
+    return {f"{part}.{key}": value for part, config in parts for key, value in to_dict(config).items()}
+
+
+def _configs(adapter: dict[str, Any], training: dict[str, Any], path: Path) -> tuple[AdapterConfig, TrainConfig]:
     try:
-        parts = {"adapter": from_dict(AdapterConfig, adapter), "training": from_dict(TrainConfig, training)}
+        return from_dict(AdapterConfig, adapter), from_dict(TrainConfig, training)
     except ValueError as problem:
         raise TrainingError(f"{path} was made by another version of mmea: {problem}") from problem
-    return {f"{part}.{key}": value for part, config in parts.items() for key, value in to_dict(config).items()}

@@ -33,6 +33,7 @@ def table_of(task: Task, folder: str | Path, config: BenchmarkConfig) -> ResultT
         systems=[s.name for s in task.systems],
         methods=[spec.label for spec in parse_methods(config)],
         with_validation=task.with_validation,
+        tests={(s.name, name): test.hash for s in task.systems for name, test in s.tests.items()},
         paper_E0s=other_reference_energies(task, config),
     )
 
@@ -48,10 +49,10 @@ def write_tables(task: Task, folder: str | Path, config: BenchmarkConfig, *, rem
         TrainingError: a kept result cannot be read.
     """
     folder = Path(folder)
-    table, results = table_of(task, folder, config), read_results(folder / CELLS)
-    write_text(folder / MARKDOWN, markdown(table, describe(task, config, results), remark))
+    table = table_of(task, folder, config)
+    write_text(folder / MARKDOWN, markdown(table, describe(task, config, table.results), remark))
     write_text(folder / CSV, _csv(_table_lines(table)))
-    write_text(folder / CELLS_CSV, _csv(_cell_lines(results)))
+    write_text(folder / CELLS_CSV, _csv(_cell_lines(table.results)))
     return table
 
 

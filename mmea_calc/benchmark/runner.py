@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ from ..data.preflight import PreflightReport, preflight
 from ..errors import TrainingError
 from ..training.auto import AUTO
 from ..training.trainer import ProgressEvent
-from .cells import Cell, CellResult
+from .cells import Cell, CellResult, cell_of, read_results
 from .method_spec import parse_methods
 from .results_folder import CELLS, check_settings, keep_settings, shared_settings, valid_fraction
 from .tasks import System, Task
-from .training import attempt, kept
+from .training import attempt, kept, measure_again
 
-What = Literal["report", "begin", "training", "finished", "failed", "kept", "elsewhere"]
+What = Literal["report", "measured", "begin", "training", "finished", "failed", "kept", "elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class BenchmarkEvent:
     """What happens.
 
     Attributes:
-        what: "report" on the data of a system that is about to be trained on; a cell "begin"s, is "training", is
-            "finished", has "failed", was "kept" from an earlier call, or is trained "elsewhere" by another process.
+        what: "report" on the data of a system that is about to be trained on; a cell of an earlier call was
+            "measured" anew, as its tests have changed; one of this call "begin"s, is "training", is "finished", has
+            "failed", was "kept" from an earlier call, or is trained "elsewhere" by another process.
         cell: which; None for a report.
-        number, total: its place among all cells, from 1.
-        result: of a cell that is finished, failed or kept.
+        number, total: its place among all cells of this call, from 1.
+        result: of a cell that is measured, finished, failed or kept.
         training: progress within the cell.
         system, report: on the data.
     """
@@ -96,7 +97,8 @@ def run(
     """Train and measure every cell that is not finished in `folder`; one that fails does not stop the others.
 
     Finished cells are kept, so the same call again trains nothing; interrupted ones go on from their checkpoint,
-    failed ones are tried again. Several processes may work on one folder.
+    failed ones are tried again. Finished cells of earlier calls on the same systems are measured on tests that have
+    come since, or have changed, where their adapters are there. Several processes may work on one folder.
 
     Args:
         task: what is benchmarked.
@@ -123,6 +125,11 @@ def run(
         progress(BenchmarkEvent("report", system=system, report=reports[system.name]))
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     keep_settings(folder, settings)
+    for cell in _to_measure_again(task, folder / CELLS, cells):
+        with cell.claimed() as mine:
+            again = measure_again(cell, partial(backbones.load, cell.training.dtype)) if mine else None
+        if again is not None:
+            progress(BenchmarkEvent("measured", cell, result=again))
     results = []
     for number, cell in enumerate(cells, 1):
 
@@ -141,6 +148,20 @@ def run(
             after_cell()
         tell(what, result=result)
     return results
+
+
+def _to_measure_again(task: Task, folder: Path, cells: Sequence[Cell]) -> Iterator[Cell]:
+    """Trained cells on systems of the task, not among those of this call, that lack errors on a test as it is now."""
+    systems, own = {s.name: s for s in task.systems}, {cell.json for cell in cells}
+    for result in read_results(folder):
+        if not result.finished or result.system not in systems:
+            continue
+        try:
+            cell = cell_of(result, systems[result.system], folder)
+        except TrainingError:  # another version's settings: it stays as it is
+            continue
+        if cell.json not in own and cell.adapter.exists() and kept(cell) is None:
+            yield cell
 
 
 def _one(cell: Cell, train: Callable[[], CellResult]) -> tuple[What, CellResult | None]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..methods import METHODS
 from .cells import CellResult, Measured
+from .comparable import Hashes, comparable
 from .method_spec import PAPER, recipe_of
 from .published import Pair, published
 from .tasks import LAYOUTS, VALID, Measure
@@ -96,7 +97,8 @@ class ResultTable:
         best: (row label, column, quantity) of the lowest of every column; published figures do not compete.
         failures: sentences, one for every cell that failed.
         published_backbone: that published figures are of; None where there are none.
-        notes: sentences on what is not as the rest.
+        results: of which it is, without errors that are left out of it.
+        notes: sentences on what is not as the rest, and on what is left out.
     """
 
     title: str
@@ -107,6 +109,7 @@ class ResultTable:
     best: frozenset[tuple[str, Column, Quantity]]
     failures: tuple[str, ...]
     published_backbone: str | None
+    results: tuple[CellResult, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -121,8 +124,9 @@ def build_table(
     methods: Sequence[str] = (),
     with_validation: bool = False,
     paper_E0s: str | None = None,
+    tests: Hashes | None = None,
 ) -> ResultTable:
-    """The table of all results.
+    """The table of all results, every column of one set of structures.
 
     Args:
         results: of cells.
@@ -133,8 +137,9 @@ def build_table(
         systems, methods: those that come first, in this order.
         with_validation: show validation errors even where there are tests.
         paper_E0s: reference energies of the methods that name the published recipe, where all others have others.
+        tests: which structures a column is of; see `comparable`.
     """
-    results = list(results)
+    results, left_out = comparable(results, tests or {})
     done = [r for r in results if r.finished]
     columns = _columns(done, _ordered((r.system for r in done), systems), with_validation)
     figures, source = published(benchmark, backbone)
@@ -160,7 +165,8 @@ def build_table(
         best=_best(rows, columns),
         failures=tuple(f"{r.system}, {r.method}, seed {r.seed}: {r.reason}" for r in results if not r.finished),
         published_backbone=source if any_published else None,
-        notes=_zero_shot_notes(done, columns, paper_E0s),
+        results=tuple(results),
+        notes=(*_zero_shot_notes(done, columns, paper_E0s), *left_out),
     )
 
 

@@ -56,8 +56,7 @@ def attempt(
     try:
         backbone, before = load(), cell.result()
         if before is not None and before.finished and cell.adapter.exists():
-            errors = _measure(cell, backbone, _unmeasured(cell, before))[0]
-            result = replace(before, errors={**before.errors, **errors})
+            result = _measured_on_all(cell, backbone, before)
         else:
             try:
                 result = _train(cell, blank, task, config, backbone, report, progress)
@@ -69,6 +68,23 @@ def attempt(
     write_result(cell.json, result)
     if result.finished:
         cell.checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def measure_again(cell: Cell, load: Callable[[], Backbone]) -> CellResult | None:
+    """Measure a finished cell on the tests that have come since, or have changed, and keep the result.
+
+    Returns:
+        None where another process has done so meanwhile, or the adapter cannot be used: the kept result stays.
+    """
+    result = cell.result()
+    if result is None or not _unmeasured(cell, result):
+        return None
+    try:
+        result = _measured_on_all(cell, load(), result)
+    except (MMEAError, torch.cuda.OutOfMemoryError):
+        return None
+    write_result(cell.json, result)
     return result
 
 
@@ -121,6 +137,12 @@ def _train(
         hardware=hardware(backbone.device),
         versions=versions(),
     )
+
+
+def _measured_on_all(cell: Cell, backbone: Backbone, before: CellResult) -> CellResult:
+    """The result of a trained cell with errors on all tests as they are now."""
+    errors = _measure(cell, backbone, _unmeasured(cell, before))[0]
+    return replace(before, errors={**before.errors, **errors})
 
 
 def _measure(cell: Cell, backbone: Backbone, sets: Mapping[str, Dataset]) -> tuple[dict[str, Measured], int]:
