@@ -168,7 +168,7 @@ def show_table(result: ResultTable, sentences: Sequence[str]) -> None:
 
     from .console import out, say
 
-    for start in range(0, len(result.columns), WIDEST):
+    for start in range(0, max(len(result.columns), 1), WIDEST):  # trainings that failed have no columns
         out().print(_part(result, slice(start, start + WIDEST), last=start + WIDEST >= len(result.columns)))
     for sentence in (*sentences, *result.notes):
         say(sentence)

@@ -57,13 +57,14 @@ def compare(
     """Train several methods on the same data and recommend one, by validation errors and size.
 
     What is finished is kept in DIR: the same command goes on where it was interrupted, and methods and seeds may be
-    added.
+    added. Where no method can be recommended, the table is shown and written all the same, and the exit code is 1.
     """
-    from mmea_calc.benchmark import PICTURE, describe, draw, own_task, recommend, write_tables
+    from mmea_calc.benchmark import PICTURE, Choice, describe, draw, own_task, recommend, write_tables
     from mmea_calc.benchmark.cells import read_results
     from mmea_calc.benchmark.results_folder import CELLS
     from mmea_calc.config import COMPARE_SEEDS, TrainConfig
     from mmea_calc.data.reading import read_dataset
+    from mmea_calc.errors import TrainingError
 
     from .console import say
 
@@ -86,13 +87,22 @@ def compare(
     # Of all that the table shows: earlier calls, and other processes, have put their part into the folder.
     kept = read_results(output / CELLS)
     cells = {(r.system, r.method, r.seed): r for r in (*results, *kept)}
-    choice = recommend(cells.values(), tolerance=config.tolerance)
-    verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
+    choice: Choice | None = None
+    try:
+        choice = recommend(cells.values(), tolerance=config.tolerance)
+        verdict = f"Recommended: {choice.method or 'the backbone alone'}. {choice.reason}"
+    except TrainingError as problem:  # the figures were worth their trainings all the same
+        verdict = str(problem)
     table = write_tables(task, output, config, remark=verdict)
     draw(table, output / PICTURE)
     show_table(table, describe(task, config, table.results))
     say(f"the table, all figures and a plot are in {output}, the adapters in {output / 'cells'}")
-    say(verdict, style="bold")
-    if choice.stem is not None:
-        say(f"its adapter with the lowest validation error: {output / 'cells' / choice.stem}.adapter")
+    if choice is None:
+        typer.echo(f"mmea: {verdict}", err=True)
+    else:
+        say(verdict, style="bold")
+        if choice.stem is not None:
+            say(f"its adapter with the lowest validation error: {output / 'cells' / choice.stem}.adapter")
     conclude(results)
+    if choice is None:
+        raise typer.Exit(1)

@@ -202,6 +202,32 @@ def test_a_comparison_with_other_test_structures_measures_all_on_them(data: Path
     assert "Left out of train → test, since measured on other test structures: gates:gate_rank=2 seed 1." in output
 
 
+def test_where_no_method_can_be_recommended_the_table_comes_before_the_verdict(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compare", "train.xyz", *QUICK, "--seeds", 1, "--methods"]
+    result = mmea(*arguments, "bottleneck:gate_rank=2", "-o", "C")
+    verdict = "no method can be recommended: bottleneck:gate_rank=2 is not considered"
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"mmea: {verdict}")
+    assert "bottleneck:gate_rank=2 (not equivariant)" in result.stdout
+    assert {p.name for p in Path("C").iterdir()} >= {"cells.csv", "results.csv", "results.md", "results.png"}
+    assert verdict in Path("C/results.md").read_text()
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr(training, "finetune", fail)
+    result = mmea(*arguments, "readout", "-o", "F")
+    assert result.exit_code == 1
+    assert [line.split(" (")[0] for line in result.stderr.splitlines()] == [
+        "mmea: no method can be recommended: readout is not considered: 0 of 1 trainings finished",
+        "mmea: 1 of 1 cells failed, for the reasons above; the same command tries them again",
+    ]
+    assert any(line.split() == ["readout", "-", "-", "-", "0,", "1", "failed"] for line in result.stdout.splitlines())
+    assert "the loss is nan" in Path("F/results.md").read_text()
+
+
 def test_help_imports_nothing_heavy() -> None:
     import subprocess
     import sys
