@@ -236,6 +236,54 @@ def test_other_settings_than_the_folder_was_begun_with_are_refused(
     assert files(tmp_path / "R") == before
 
 
+def begun_by_an_earlier_version(folder: Path) -> None:
+    """Settings that were not given were written as such."""
+    content = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**content, "head": None}))
+
+
+@pytest.mark.parametrize("given", [{"compile": False}, {"dtype": "float32"}, {"head": "Default"}])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_defaults_may_be_given_and_left_out(task: Task, tmp_path: Path, given: dict[str, Any], earlier: bool) -> None:
+    left_out = replace(CONFIG, methods=("readout",), epochs=1, dtype=None)
+    explicit = replace(left_out, **given)
+    for number, calls in enumerate(((left_out, explicit), (explicit, left_out))):
+        folder = tmp_path / f"R{number}"
+        (first,) = run(task, folder, calls[0])
+        if earlier and calls[0] is left_out:
+            begun_by_an_earlier_version(folder)
+        before, seen = files(folder), Trained()
+        assert run(task, folder, calls[1], progress=seen) == [first]
+        assert seen.what == ["kept"]
+        assert files(folder) == before
+
+
+def test_a_precision_that_is_another_for_one_of_the_methods_is_refused(task: Task, tmp_path: Path) -> None:
+    config = replace(CONFIG, methods=("readout", "readout:recipe=paper"), dtype=None)
+    (tmp_path / "R").mkdir()
+    runner.keep_settings(tmp_path / "R", runner.shared_settings(task, config, tiny_backbone()))
+    with pytest.raises(TrainingError, match="dtype was not given, is float32"):
+        plan(task, tmp_path / "R", replace(config, dtype="float32"))
+    assert len(plan(task, tmp_path / "R", replace(config, methods=("readout",), dtype="float32"))) == 1
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_head_than_the_default_one_is_refused(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    def load(*args: object, head: str | None = None, **options: object) -> Backbone:
+        return replace(tiny_backbone(), heads=("Default", "other"), head=head or "Default")
+
+    monkeypatch.setattr(runner, "load_backbone", load)
+    config, folder = replace(CONFIG, methods=("readout",), epochs=1), tmp_path / "R"
+    run(task, folder, config)
+    if earlier:
+        begun_by_an_earlier_version(folder)
+    assert len(run(task, folder, replace(config, head="Default"))) == 1
+    with pytest.raises(TrainingError, match=f"head was {'not given' if earlier else 'Default'}, is other"):
+        run(task, folder, replace(config, head="other"))
+
+
 def test_another_backbone_of_the_same_name_is_refused(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,8 @@ Methods, seeds and systems may be added to it later; all else stays, so that its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..config import BenchmarkConfig
 from ..data.reference_energies import identity_of
 from ..errors import TrainingError
 from ..files import json_ready, write_text
-from .method_spec import PAPER
+from .method_spec import PAPER, parse_methods
 from .tasks import Task
 
 SETTINGS, CELLS = "settings.json", "cells"
@@ -27,11 +28,11 @@ def valid_fraction(task: Task, config: BenchmarkConfig) -> float:
 
 
 def shared_settings(task: Task, config: BenchmarkConfig, backbone: Backbone | None = None) -> dict[str, Any]:
-    """What all cells of a folder share."""
+    """What all cells of a folder share; the head is the one that was given until the backbone is loaded."""
     settings: dict[str, Any] = {
         "benchmark": task.name,
         "backbone": config.backbone,
-        "head": config.head,
+        "head": config.head if backbone is None else backbone.head,
         "recipe": config.recipe,
         "epochs": config.epochs,
         "dtype": config.dtype,
@@ -73,22 +74,34 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings; systems of earlier calls stay known."""
+    """Write the settings; those that the folder was begun with stay, and systems of earlier calls stay known."""
     before = read_settings(folder) or {"data": {}}
-    content = {**settings, "data": {**before["data"], **settings["data"]}}
+    content = {**settings, **before, "data": {**before["data"], **settings["data"]}}
     if content != before:
         write_text(folder / SETTINGS, json.dumps(json_ready(content), indent=1))
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """A folder that has been begun is gone on with under the same settings only.
+def check_settings(
+    folder: Path, settings: Mapping[str, Any], config: BenchmarkConfig, default_head: Callable[[], str] | None = None
+) -> None:
+    """A folder that has been begun is gone on with under the same settings only, given or by default.
+
+    Args:
+        folder: of the results.
+        settings: of this call.
+        config: which they are of.
+        default_head: finds the head that is taken where none is given; None: the backbone is not loaded yet, and heads
+            are compared only where both were given.
 
     Raises:
+        AdapterError: as `parse_methods`.
+        BackboneError: the default head cannot be found.
         TrainingError: naming what differs.
     """
     if (before := read_settings(folder)) is None:
         return
-    differing = [k for k, v in settings.items() if k != "data" and k in before and before[k] != v]
+    shared = [key for key in settings if key != "data" and key in before]
+    differing = [key for key in shared if not _same(key, before[key], settings[key], config, default_head)]
     was = [f"{key} was {_word(before[key])}, is {_word(settings[key])}" for key in differing]
     for system, hashes in settings["data"].items():
         if before["data"].get(system, hashes) != hashes:
@@ -98,6 +111,15 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder} was begun with other settings: {'; '.join(was)}. Choose another --output folder, or give the "
             "former settings (methods, seeds and systems may be added)"
         )
+
+
+def _same(key: str, then: Any, now: Any, config: BenchmarkConfig, default_head: Callable[[], str] | None) -> bool:
+    """Whether a setting is what it was, one that is not given by what is taken in its place."""
+    if key == "head" and None in (then, now):
+        return default_head is None or default_head() == (then or now)
+    if key in ("dtype", "compile") and then != now:  # recipes may have their own, so the methods decide
+        return parse_methods(replace(config, **{key: then})) == parse_methods(config)
+    return bool(then == now)
 
 
 def _word(value: Any) -> str:

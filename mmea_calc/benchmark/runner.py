@@ -66,7 +66,7 @@ def plan(task: Task, folder: str | Path, config: BenchmarkConfig) -> list[Cell]:
         raise TrainingError(f"expected at least one seed, none below 0, got {list(config.seeds)}")
     if config.epochs is not None and config.epochs < 1:
         raise TrainingError(f"epochs must be at least 1, got {config.epochs}")
-    check_settings(folder, shared_settings(task, config))
+    check_settings(folder, shared_settings(task, config), config)
     fraction = valid_fraction(task, config)
     methods = parse_methods(config)
     cells = []
@@ -118,7 +118,7 @@ def run(
     backbones = _Backbones(config)
     first = backbones.load(cells[0].training.dtype)
     settings = shared_settings(task, config, first)
-    check_settings(folder, settings)
+    check_settings(folder, settings, config, lambda: backbones.default_head(first))
     reports = {}
     for system in _to_train(cells):
         reports[system.name] = _preflight(system, first)
@@ -188,6 +188,12 @@ class _Backbones:
             config = self._config
             self._loaded[dtype] = load_backbone(config.backbone, head=config.head, device=config.device, dtype=dtype)
         return self._loaded[dtype]
+
+    def default_head(self, loaded: Backbone) -> str:
+        """The head that is taken where none is given. Raises BackboneError where one must be."""
+        if self._config.head is None or len(loaded.heads) == 1:
+            return loaded.head
+        return load_backbone(self._config.backbone).head
 
 
 def _to_train(cells: Sequence[Cell]) -> list[System]:
