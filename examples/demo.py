@@ -1,6 +1,6 @@
 """What `make demo` runs: fine-tune, evaluate and run a potential for aspirin; results in the folder demo/.
 
-Every command is printed before it runs, as it would be typed. About four minutes on two CPU cores.
+Every command is printed before it runs, as it would be typed. About two minutes on two CPU cores.
 """
 
 from __future__ import annotations
