@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 import torch_sim as ts
@@ -11,9 +12,11 @@ from ase.io import read
 from mmea_calc import MMEACalculator
 from mmea_calc.torchsim import MMEAModel
 
+DATA = Path(__file__).resolve().parent / "data" / "aspirin"
+
 
 def main(adapter: str) -> None:
-    structures = read("examples/data/aspirin/test.xyz", index=":4")
+    structures = read(DATA / "test.xyz", index=":4")
     model = MMEAModel(adapter, memory_scales_with="n_atoms")
 
     # The same energies as in ASE.
