@@ -168,7 +168,10 @@ def finetune(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with option names as keys; flags go before it.", rich_help_panel=TRAINING),
+        typer.Option(
+            help="YAML file with option names as keys; options of the command line override it.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     resume: Annotated[
         bool | None,

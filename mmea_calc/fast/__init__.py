@@ -1,4 +1,4 @@
-"""The fast path: the same network, computed sooner. `docs/performance.md` has what each part brought.
+"""The fast path: the same network, computed sooner. `docs/performance-history.md` has what each part brought.
 
 Nothing here is a second network. Modules of the given network get another `forward`, which reads the parameters that
 are there, adapters included, and can be taken off again (`fast=False` gives the plain path); what is compiled or

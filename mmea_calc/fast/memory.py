@@ -2,7 +2,7 @@
 
 A call of a network on a CPU allocates and frees from ten megabytes (a molecule) to gigabytes (thousands of atoms).
 Where the C library returns them to the system, the system has to clear every page anew for the next call, which takes
-up to half of the time of a call. docs/performance.md has the figures.
+up to half of the time of a call. docs/performance-history.md has the figures.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One call for many structures saves the start of some hundred operations, about a millisecond in all. Beyond some dozens
 of atoms it saves no more and begins to lose: what one operation has written is no longer in the cache when the next
-one reads it. So a CPU takes a large batch in parts (docs/performance.md has the figures).
+one reads it. So a CPU takes a large batch in parts (docs/performance-history.md has the figures).
 
 Where a batch is divided follows from the sizes of its structures, not from where their atoms are: a run that is resumed
 divides it as the uninterrupted one does.
