@@ -52,6 +52,8 @@ def check_place(*paths: Path | None) -> None:
 def alone_in(folder: Path, problem: Callable[[str], Exception]) -> Iterator[None]:
     """Within this context no other process is in the same one for `folder`, which exists.
 
+    What a killed process left there half written is removed.
+
     Args:
         problem: makes the error that is raised where another one is.
     """
@@ -64,10 +66,32 @@ def alone_in(folder: Path, problem: Callable[[str], Exception]) -> Iterator[None
         yield
         return
     try:
+        _remove_left(folder)
         yield
     finally:
         (folder / ".lock").unlink(missing_ok=True)
         lock.release()
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove the temporary files (`replacing`) of processes that are no more."""
+    for left in folder.glob(".*.part"):
+        number = left.name.split(".")[-2]
+        if number.isdigit() and not _runs(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there may be such a process on this machine."""
+    if os.name != "posix":  # where signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no number of a process
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

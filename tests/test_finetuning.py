@@ -470,6 +470,17 @@ def test_what_is_no_adapter_is_not_written_over(tmp_path: Path) -> None:
         finetune(data, tmp_path / "a", backbone=tiny_backbone(), adapter=SMALL, training=replace(QUICK, seed=-1))
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {who: f".checkpoint.pt.{who}.part" for who in (str(ended.pid), str(os.getpid()), "notes", "9" * 30)}
+    for name in (*names.values(), "own.part"):
+        (tmp_path / name).write_bytes(b"half")
+    with alone_in(tmp_path, TrainingError):
+        left = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    assert left == {*names.values(), "own.part"} - {names[str(ended.pid)]}
+
+
 def test_two_processes_do_not_train_into_one_folder(tmp_path: Path) -> None:
     data, run = dataset(tmp_path), tmp_path / "a.run"
     run.mkdir()
