@@ -128,6 +128,7 @@ FINGERPRINTS = {
     "mmea-organic-s6": "173bc46032f8ae28bb5e7ef10de33a835fb2132cea0ff62a69118c6fed0da5ac",
     "mmea-organic-s7": "779c5575a330d1d09f6d1f5954b80ce9a30b0943006f96164a7518ef136a16f8",
     "mmea-organic-s8": "6f334bc9311f1d69a4c95bd5231975093fe972b03386b96e2bf14404be3f8a3d",
+    "mmea-organic-s9": "b7a0328c21b5955706cb2b90c9630ae9cf8718da4eb85f69d8cdefd39210230a",
     "mmea-organic-m": "3a5bfa278ba844754175839da7d58b15dcb7b062aa5d375b6658dae1aba6ed87",
     "mmea-organic-s2-xtb": "57cc1c018420d522192ebf58157aa4dc9639b95e07b2b16484ff253255321e12",
 }
