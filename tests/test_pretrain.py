@@ -600,8 +600,10 @@ def test_xtb_labels_agree_with_the_shipped_ones() -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:7"])
 def test_a_device_that_is_not_here_is_told(device: str, tmp_path: Path) -> None:
-    result = mmea("pretrain", "train", "--data", str(PBE), "--out", str(tmp_path / "run"), "--device", device)
+    folder = tmp_path / "run"
+    call = ["pretrain", "train", "--data", PBE, "--out", folder, "--name", "n", "--minutes", 1]
+    result = mmea(*call, "--device", device)
     assert result.exit_code == 1
     assert device in result.output
     assert "cpu" in result.output
-    assert not (tmp_path / "run").exists()
+    assert not folder.exists()
