@@ -1,4 +1,4 @@
-"""`mmea evaluate`: errors of an adapter on labelled structures, beside its bare backbone."""
+"""`mmea evaluate`: errors on labelled structures, of an adapter beside its bare backbone, or of a backbone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ LABELS = {"adapter": "adapter", "backbone": "backbone alone"}
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An .adapter file.", show_default=False)],
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="An .adapter file, or name or path of a backbone.", show_default=False),
+    ],
     test: Annotated[Path, typer.Argument(metavar="TEST", help="Labelled structures.", show_default=False)],
     backbone: Annotated[
         str | None, typer.Option(help="Name or path of the adapter's backbone, if it is not found by itself.")
@@ -44,26 +47,22 @@ def evaluate(
     if plot is not None:
         from mmea_calc.plots import parity
 
-        parity(evaluation.parity(), plot, title=f"{adapter.name} on {dataset.name}")
+        parity(evaluation.parity(), plot, title=f"{Path(adapter).name} on {dataset.name}")
     if as_json:
-        print_json({"adapter_file": str(adapter), **evaluation.to_dict()})
+        print_json({"adapter_file": adapter if evaluation.adapter else None, **evaluation.to_dict()})
         return
     _print(evaluation, dataset, adapter)
     if plot is not None:
         typer.echo(f"{plot} written")
 
 
-def _potential(file: Path, backbone: str | None, device: str | None, dtype: Precision | None) -> Potential:
-    """The adapter on its backbone. Options that were not given keep the defaults of training."""
-    from mmea_calc.adapter_file import read_adapter
+def _potential(adapter: str, backbone: str | None, device: str | None, dtype: Precision | None) -> Potential:
+    """The adapter on its backbone, or a backbone. Options that were not given keep the defaults of training."""
     from mmea_calc.config import TrainConfig
-    from mmea_calc.potential import Potential
+    from mmea_calc.md import open_potential
 
-    content, defaults = read_adapter(file), TrainConfig()
-    loaded = content.load_backbone(backbone, device=device or defaults.device, dtype=dtype or defaults.dtype)
-    potential = Potential(loaded)
-    potential.use(content)
-    return potential
+    defaults = TrainConfig()
+    return open_potential(adapter, backbone=backbone, device=device or defaults.device, dtype=dtype or defaults.dtype)
 
 
 def _evaluate(potential: Potential, dataset: Dataset, batch_size: int | None) -> Evaluation:
@@ -84,12 +83,13 @@ def _evaluate(potential: Potential, dataset: Dataset, batch_size: int | None) ->
         return measure(potential, dataset, batch_size=batch_size, progress=progress)
 
 
-def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
+def _print(evaluation: Evaluation, dataset: Dataset, adapter: str) -> None:
     from mmea_calc.data.unit_checks import unit_warnings
 
     from .console import out, say, say_doubts, table
 
-    say(f"{adapter} on {dataset.name}, backbone {evaluation.backbone_name}")
+    alone = evaluation.adapter is None
+    say(f"{adapter} on {dataset.name}" + ("" if alone else f", backbone {evaluation.backbone_name}"))
     if dataset.keys:
         say("labels: " + ", ".join(f"{name} from {key}" for name, key in dataset.keys.items() if key))
     counts = dataset.counts
@@ -128,5 +128,7 @@ def _print(evaluation: Evaluation, dataset: Dataset, adapter: Path) -> None:
             )
     if rows:
         out().print(table(["element", "atoms", "", "F MAE\nmeV/Å", "F RMSE\nmeV/Å"], rows))
-    if evaluation.same_reference_energies:
+    if alone:
+        say("Energies are with the backbone's own reference energies.")
+    elif evaluation.same_reference_energies:
         say("The backbone alone is given the adapter's reference energies.")

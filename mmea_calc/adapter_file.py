@@ -23,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .backbone import EMBEDDED as EMBEDDED_BACKBONES
 from .backbone import Backbone, load_backbone
 from .config import DEFAULT_BACKBONE, AdapterConfig, from_dict, to_dict
 from .errors import AdapterFileError, BackboneNotFoundError
 from .files import json_ready, replacing
+from .mace_names import PUBLISHED
 
 FORMAT = "mmea adapter"
 FORMAT_VERSION = 1
@@ -248,6 +250,11 @@ def update_adapter(path: str | Path, **changes: Any) -> AdapterFile:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
+        if str(path) in EMBEDDED_BACKBONES or str(path) in PUBLISHED:
+            raise AdapterFileError(
+                f"{path} is a backbone, not an adapter; backbones are for MMEACalculator(backbone={str(path)!r}), "
+                "`mmea evaluate`, `mmea check`, `mmea md` and `mmea backbone show`"
+            )
         raise AdapterFileError(
             f"{path}: no such adapter file; adapters that come with mmea: {', '.join(embedded_adapters()) or 'none'}"
         )

@@ -18,7 +18,7 @@ from conftest import network_config, randomise
 from mmea_calc.adapted import attach
 from mmea_calc.adapter_file import FORMAT_VERSION, AdapterFile, read_adapter, update_adapter, write_adapter
 from mmea_calc.backbone import Backbone
-from mmea_calc.config import AdapterConfig
+from mmea_calc.config import DEFAULT_BACKBONE, AdapterConfig
 from mmea_calc.errors import AdapterError, AdapterFileError
 from mmea_calc.mace_bridge import build_network
 
@@ -219,6 +219,9 @@ def test_no_such_file(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.adapter", tmp_path):
         with pytest.raises(AdapterFileError, match="no such adapter file"):
             read_adapter(path)
+    for name in (DEFAULT_BACKBONE, "mace-off23-medium"):
+        with pytest.raises(AdapterFileError, match=rf"MMEACalculator\(backbone='{name}'\)"):
+            read_adapter(name)
 
 
 @pytest.mark.parametrize(

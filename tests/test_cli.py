@@ -356,6 +356,28 @@ def test_evaluate_shows_the_adapter_beside_its_backbone(adapter: Path) -> None:
         assert text in table
 
 
+def test_evaluate_measures_a_backbone_alone(adapter: Path, tmp_path: Path) -> None:
+    plot, test = tmp_path / "parity.png", tmp_path / "test.xyz"
+    test.write_text("".join((DATA / "test.xyz").read_text().splitlines(keepends=True)[:46]))
+    printed = mmea("evaluate", DEFAULT_BACKBONE, test, "--json", "--plot", plot)
+    assert printed.exit_code == 0, printed.output
+    errors = json.loads(printed.stdout)
+    assert errors["adapter_file"] is None
+    assert "adapter" not in errors
+    assert errors["backbone_name"] == DEFAULT_BACKBONE
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    # the same as beside an adapter on that backbone, whose forces are measured there too
+    beside = json.loads(mmea("evaluate", adapter, test, "--json").stdout)
+    mae = errors["backbone"]["overall"]["forces"]["mae_meV_per_A"]
+    assert mae == pytest.approx(beside["backbone"]["overall"]["forces"]["mae_meV_per_A"], rel=1e-5)
+    table = mmea("evaluate", DEFAULT_BACKBONE, test).stdout
+    assert f"{mae:.2f}" in table
+    assert "the backbone's own reference energies" in table
+    refused = mmea("evaluate", DEFAULT_BACKBONE, test, "--backbone", "mmea-organic-s")
+    assert refused.exit_code == 1
+    assert "not an adapter" in refused.stderr
+
+
 def test_finetune_refuses_an_element_that_the_backbone_lacks_and_writes_nothing(tmp_path: Path) -> None:
     text = (DATA / "train.xyz").read_text().splitlines(keepends=True)[:23]
     text[2] = text[2].replace("C", "Fe", 1)

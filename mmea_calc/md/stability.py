@@ -13,6 +13,7 @@ from ase import Atoms
 from ..adapter_file import is_adapter, read_adapter
 from ..backbone import load_backbone
 from ..config import Kernels, MDConfig, Precision
+from ..errors import BackboneError
 from ..potential import Potential
 from .monitor import stable_ps
 from .record import record
@@ -39,9 +40,13 @@ def open_potential(
         device, dtype, kernels: of the network, see `load_backbone`.
 
     Raises:
-        AdapterFileError, AdapterError, BackboneError: one of them cannot be used.
+        AdapterFileError, AdapterError, BackboneError: one of them cannot be used; two backbones.
     """
     if not is_adapter(adapter):
+        if backbone is not None:
+            raise BackboneError(
+                f"{adapter} is not an adapter, so there is nothing to put on the backbone {backbone}; give one of them"
+            )
         return Potential(load_backbone(adapter, head=head, device=device, dtype=dtype, kernels=kernels))
     file = read_adapter(adapter)
     loaded = file.load_backbone(backbone, head=head, device=device, dtype=dtype, kernels=kernels)
