@@ -298,25 +298,27 @@ class MagnitudeGate(nn.Module):
     def by_irrep(self, now: Stage, x: Tensor, y: Tensor, layers: Layers) -> Tensor:
         """`forward` for a compiled network, where operations cost nothing and large pieces do: irrep by irrep."""
         pieces = now.split(x, self.blocks)
-        h0 = _stacked([pieces[i] for i in self.scalar_blocks], dim=-1)
+        h0 = _stacked([pieces[i].flatten(-2) for i in self.scalar_blocks], dim=-1)
         z = layers.bottleneck(h0)
         z = self._bounded(F.silu(z) if self.nonlinearity else z, layers.bounds())
         heads = iter(layers.parts(z, self.head_sizes))
         shifts = [next(heads) for irrep in self.irreps if irrep.kind == "shift"]
         gains = {first: self._phi(next(heads)) for first in self.firsts}
         found = []
-        for irrep, piece in zip(self.irreps, now.split(y, [i.mul * i.dim for i in self.irreps]), strict=True):
+        for irrep, piece in zip(self.irreps, self._pieces(now, y), strict=True):  # (..., 2l+1, channels)
             if irrep.kind == "shift":
-                piece = piece + shifts.pop(0)
+                piece = piece + shifts.pop(0).unsqueeze(-2)
             elif irrep.kind == "gain":
-                size = (irrep.dim, irrep.mul) if self.components_first else (irrep.mul, irrep.dim)
-                # Channels side by side, as matrix products leave them: a compiler keeps that order.
-                piece = piece.unflatten(-1, size)
-                piece = piece if self.components_first else piece.transpose(-2, -1)
                 piece = piece * gains[irrep.first].unsqueeze(-2)
-                piece = (piece if self.components_first else piece.transpose(-2, -1)).flatten(-2)
             found.append(piece)
-        return now.join(found)
+        return torch.cat([piece.flatten(-2) for piece in found], dim=-1) if self.components_first else now.join(found)
+
+    def _pieces(self, now: Stage, y: Tensor) -> Sequence[Tensor]:
+        """The irreps of y, (..., 2l+1, channels) each."""
+        if not self.components_first:
+            return now.split(y, tuple((i.mul, i.dim) for i in self.irreps))
+        parts = y.split([i.mul * i.dim for i in self.irreps], dim=-1)
+        return [part.unflatten(-1, (i.dim, i.mul)) for part, i in zip(parts, self.irreps, strict=True)]
 
     def extra_repr(self) -> str:
         settings = f"rank={self.rank}, phi={self.phi}, nonlinearity={self.nonlinearity}"

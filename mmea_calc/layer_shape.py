@@ -40,9 +40,9 @@ class LayerShape:
         return cls(layer.irreps_in1 if isinstance(layer, o3.TensorProduct) else layer.irreps_in, layer.irreps_out)
 
 
-def blocks(irreps: o3.Irreps) -> list[int]:
-    """Components of each piece of features: neighbours of the same irrep are one piece."""
-    return [mul * ir.dim for mul, ir in irreps.simplify()]
+def blocks(irreps: o3.Irreps) -> tuple[tuple[int, int], ...]:
+    """Channels of each piece of features, and their 2l+1: neighbours of the same irrep are one piece."""
+    return tuple((mul, ir.dim) for mul, ir in irreps.simplify())
 
 
 def is_cue_linear(module: object) -> bool:

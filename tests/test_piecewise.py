@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,15 +83,52 @@ def test_weights_given_in_a_call_are_used() -> None:
         torch.testing.assert_close(linear(x, weight), type(linear).forward(linear, x, weight), rtol=0, atol=0)
 
 
+BLOCKS = ((2, 1), (3, 3))
+
+
 def test_what_was_joined_is_not_split_again() -> None:
-    stage, x = now(), random(6, 5)
-    first = stage.split(x, [2, 3])
-    assert all(a is b for a, b in zip(stage.split(x, [2, 3]), first, strict=True))
+    stage, x = now(), random(6, 11)
+    first = stage.split(x, BLOCKS)
+    assert [piece.shape for piece in first] == [(6, 1, 2), (6, 3, 3)]
+    torch.testing.assert_close(first[1][:, 2, 1], x[:, 2 + 3 * 1 + 2], rtol=0, atol=0)
+    assert all(a is b for a, b in zip(stage.split(x, BLOCKS), first, strict=True))
     joined = stage.join(first)
     torch.testing.assert_close(joined, x, rtol=0, atol=0)
-    assert all(a is b for a, b in zip(stage.split(joined, [2, 3]), first, strict=True))
-    other = stage.split(joined, [1, 4])
-    torch.testing.assert_close(torch.cat(other, dim=1), x, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(stage.split(joined, BLOCKS), first, strict=True))
+    other = stage.split(joined, ((1, 1), (2, 5)))
+    torch.testing.assert_close(stage.join(other), x, rtol=0, atol=0)
+
+
+def test_what_was_changed_in_place_is_split_anew() -> None:
+    stage, x = now(), random(6, 11)
+    before = stage.split(stage.join(stage.split(x, BLOCKS)), BLOCKS)
+    joined = stage.join(before)
+    joined += 1
+    torch.testing.assert_close(stage.split(joined, BLOCKS)[1], before[1] + 1, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "known"),
+    [
+        (lambda x, y: x + y, True),
+        (lambda x, y: y - x, True),  # y has not been split before
+        (lambda x, y: x / 14.2, True),
+        (lambda x, y: 3 * x, True),
+        (lambda x, y: x / (y[:, :1] + 2), True),  # one factor for every atom
+        (lambda x, y: x * y[0, 0], True),
+        (lambda x, y: x * y[:1], False),  # one factor for every component
+        (lambda x, y: x.add(y, alpha=2), False),
+    ],
+)
+def test_sums_and_products_are_known_in_pieces(
+    operation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], known: bool
+) -> None:
+    stage, x, y = now(), random(6, 11), random(6, 11)
+    with arranged(stage):
+        result = operation(stage.join(stage.split(x, BLOCKS)), y)
+    torch.testing.assert_close(result, operation(x, y), rtol=0, atol=1e-15)
+    assert (BLOCKS in stage.pieces_of(result)) is known
+    torch.testing.assert_close(stage.join(stage.split(result, BLOCKS)), result, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

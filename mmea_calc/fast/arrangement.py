@@ -11,7 +11,7 @@ derivative adds to one address from two places, and results repeat to the bit on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,14 @@ def table(group: Tensor, n_groups: int, width: int = 2) -> tuple[Tensor, Tensor,
     return rows.view(width, n_groups), empty.view(width, n_groups), place.unsqueeze(0)
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+# Channels, and the 2l+1 components of each, of neighbouring pieces of features.
+Blocks = tuple[tuple[int, int], ...]
+
+
 @dataclass
 class Stage:
     """What the modules of a network share while it runs within `arranged`.
@@ -241,22 +250,37 @@ class Stage:
     tables: Mapping[Any, list[Tensor]]
     compiled: bool = True
     doubts: list[Tensor] = field(default_factory=list)
-    _pieces: dict[tuple[int, tuple[int, ...]], tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
+    _known: dict[int, tuple[Tensor, int, dict[Blocks, tuple[Tensor, ...]]]] = field(default_factory=dict)
 
-    def split(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """x (..., sum of sizes) in pieces (..., size): the same for all who ask, and those that `join` was given."""
-        key = id(x), tuple(sizes)
-        if key not in self._pieces:
-            self._pieces[key] = x, x.split(list(sizes), dim=-1)  # x is held, so that no other takes its id
-        return self._pieces[key][1]
+    def split(self, x: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
+        """Features (..., sum of channels * dim) as pieces (..., dim, channels): those that `join` was given, or new
+        ones, the same for all who ask.
+        """
+        known = self.pieces_of(x)
+        if blocks not in known:
+            parts = x.split([channels * dim for channels, dim in blocks], dim=-1)
+            pieces = [part.unflatten(-1, block).transpose(-1, -2) for part, block in zip(parts, blocks, strict=True)]
+            return self.remember(x, pieces)
+        return known[blocks]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Pieces (..., size) as (..., sum of sizes)."""
-        if len(pieces) == 1:
-            return pieces[0]
-        x = torch.cat(list(pieces), dim=-1)
-        self._pieces[id(x), tuple(piece.shape[-1] for piece in pieces)] = x, tuple(pieces)
+        """Pieces (..., dim, channels) as features (..., sum of channels * dim)."""
+        parts = [piece.transpose(-1, -2).flatten(-2) for piece in pieces]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        self.remember(x, pieces)
         return x
+
+    def pieces_of(self, x: Tensor) -> dict[Blocks, tuple[Tensor, ...]]:
+        """What is known of x; nothing after a change in place."""
+        _, version, known = self._known.get(id(x), (x, 0, {}))
+        return known if version == _version(x) else {}
+
+    def remember(self, x: Tensor, pieces: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """That x consists of these pieces (..., dim, channels), which are returned."""
+        blocks = tuple((piece.shape[-1], piece.shape[-2]) for piece in pieces)
+        found = {**self.pieces_of(x), blocks: tuple(pieces)}
+        self._known[id(x)] = x, _version(x), found  # x is held, so that no other takes its id
+        return found[blocks]
 
     def doubt(self) -> Tensor:
         """Whether any of them is true."""
@@ -282,6 +306,42 @@ def arranged(now: Stage) -> Iterator[Stage]:
     """Within this context the forms of the fast path take everything from `now`."""
     token = _STAGE.set(now)
     try:
-        yield now
+        with _ByPiece(now) if now.compiled else nullcontext():
+            yield now
     finally:
         _STAGE.reset(token)
+
+
+class _ByPiece(TorchFunctionMode):
+    """Sums and products of features that are known in pieces are known in pieces.
+
+    Between its layers mace adds and scales features as they lie side by side. Who asks for their pieces would get parts
+    of what has just been put together, and a compiler would put it together; what nobody asks for it leaves out.
+    """
+
+    _BY_COMPONENT = frozenset(("add", "sub", "mul", "div"))
+
+    def __init__(self, now: Stage) -> None:
+        super().__init__()
+        self.now = now
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in self._BY_COMPONENT and len(args) == 2 and not kwargs:
+            for blocks in {b: None for x in args if isinstance(x, Tensor) for b in self.now.pieces_of(x)}:
+                parts = [self._parts(x, result, blocks) for x in args]
+                if all(part is not None for part in parts):
+                    self.now.remember(result, [func(*some) for some in zip(*parts, strict=True)])
+        return result
+
+    def _parts(self, x: Any, result: Tensor, blocks: Blocks) -> Sequence[Any] | None:
+        """An operand, piece by piece; None if it has another shape."""
+        if not isinstance(x, Tensor):
+            return [x] * len(blocks)
+        if x.shape == result.shape:
+            return self.now.split(x, blocks) if sum(c * d for c, d in blocks) == x.shape[-1] else None
+        if x.dim() == 0:
+            return [x] * len(blocks)
+        return [x.unsqueeze(-1)] * len(blocks) if x.dim() == result.dim() and x.shape[-1] == 1 else None

@@ -93,17 +93,17 @@ class TableContraction:
         return torch.cat([piece.flatten(1) for piece in out.split(self.widths, dim=-1)], dim=1)
 
     def _term_by_term(self, now: Stage, x: Tensor, tables: list[Tensor]) -> Tensor:
-        pieces = now.split(x, self.sizes)  # (n_atoms, c, 2l+1) each
-        a = torch.stack([component for piece in pieces for component in piece.unbind(-1)], dim=1)
+        known = now.pieces_of(x).get(tuple((x.shape[1], size) for size in self.sizes))
+        a = x.transpose(1, 2) if known is None else torch.cat(known, dim=1)  # (n_atoms, n, c)
         coefficients = OfAtoms.apply(tables[0], now.arrangement.atoms)
         out = Evaluate.apply(self.terms, sum(self.widths), coefficients, a)  # (n_atoms, w, c)
-        return now.join([piece.transpose(1, 2).flatten(1) for piece in out.split(self.widths, dim=1)])
+        return now.join(out.split(self.widths, dim=1))
 
     def _by_products(self, now: Stage, x: Tensor, tables: list[Tensor]) -> Tensor:
         at = now.arrangement.atoms
         out = self._contracted(at.gather(x).transpose(1, 2).flatten(0, 1), tables)
         out = at.scatter(out.unflatten(0, (at.rows.shape[0], x.shape[1])).transpose(1, 2))  # (n_atoms, c, w)
-        return now.join([piece.flatten(1) for piece in out.split(self.widths, dim=-1)])
+        return now.join([piece.transpose(1, 2) for piece in out.split(self.widths, dim=-1)])
 
     def _contracted(self, a: Tensor, tables: list[Tensor]) -> Tensor:
         """The module's last equation: (c, atoms, n) -> (c, atoms, w)."""

@@ -76,6 +76,22 @@ def _reason_not_covered(product: Any) -> str | None:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """Irreps of the output of one kind that stand side by side.
+
+    Attributes:
+        paths: how many.
+        dim: their 2 l3 + 1.
+        start: the first of their components among the K of all. The first components of all paths come first, then the
+            second ones: with channels side by side, those of all paths are then side by side.
+    """
+
+    paths: int
+    dim: int
+    start: int
+
+
+@dataclass(frozen=True)
 class _Paths:
     """Paths from one irrep of the features."""
 
@@ -155,9 +171,8 @@ class FastConvolution:
         self.planner = planner
         self.channels = int(stock.irreps_in1[0].mul)
         self.n_paths = len(stock.instructions)
-        self.sizes = [mul * ir.dim for mul, ir in stock.irreps_in1]
-        # Irreps of the output: how many of the same stand side by side, and their 2 l3 + 1.
-        self.runs = [(mul // self.channels, ir.dim) for mul, ir in stock.irreps_out.simplify()]
+        self.blocks = tuple((mul, ir.dim) for mul, ir in stock.irreps_in1)
+        self.runs = _runs(stock)
         self.paths = _paths(stock)
         self.terms = _terms(self.paths, n_y=int(stock.irreps_in2.dim))
         self._constants: dict[tuple[torch.dtype, torch.device], _Constants] = {}
@@ -175,21 +190,21 @@ class FastConvolution:
             (n_nodes, irreps_out.dim).
         """
         now = stage()
-        pieces = now.split(features, self.sizes) if now else features.split(self.sizes, dim=1)
-        by_irrep = [pieces[p.number].unflatten(1, (self.channels, p.dim)).transpose(1, 2) for p in self.paths]
         if now:
+            pieces = now.split(features, self.blocks)
+            by_irrep = [pieces[p.number] for p in self.paths]
             out = self._arranged(by_irrep, y, weights, now.arrangement, written_out=now.compiled)
         else:
+            parts = features.split([mul * dim for mul, dim in self.blocks], dim=1)
+            by_irrep = [parts[p.number].unflatten(1, (self.channels, p.dim)).transpose(1, 2) for p in self.paths]
             constants, plan = self._constants_like(features), self.planner(edge_index, features.shape[0])
             radial = weights.reshape(-1, self.channels)
             out = _Convolve.apply(constants, plan.nodes, y, radial, *(h.contiguous() for h in by_irrep))
             out = out.new_zeros(len(features), *out.shape[1:]).index_copy(0, plan.order, out)
-        runs = [
-            out.unflatten(1, run)
-            for out, run in zip(out.split([n * d for n, d in self.runs], 1), self.runs, strict=True)
-        ]
-        found = [run.transpose(2, 3).flatten(1) for run in runs]  # (n_nodes, paths * channels * (2l+1))
-        return now.join(found) if now else torch.cat(found, dim=1)
+        runs = out.split([run.paths * run.dim for run in self.runs], dim=1)
+        # (n_nodes, 2l+1, paths * channels)
+        found = [part.unflatten(1, (run.dim, run.paths)).flatten(2) for part, run in zip(runs, self.runs, strict=True)]
+        return now.join(found) if now else torch.cat([part.transpose(1, 2).flatten(1) for part in found], dim=1)
 
     def _arranged(
         self, by_irrep: list[Tensor], y: Tensor, weights: Tensor, at: Arrangement, *, written_out: bool
@@ -414,18 +429,29 @@ def _per_edge(constants: _Constants, nodes: _Nodes, radial: Tensor, h: Tensor, i
 def _paths(product: Any) -> list[_Paths]:
     """Paths by irrep of the features."""
     n_y = int(product.irreps_in2.dim)
-    blocks = [ir.dim for _, ir in product.irreps_out]
-    starts = [sum(blocks[:i]) for i in range(len(blocks))]
+    n_components = sum(ir.dim for _, ir in product.irreps_out)
+    rows = [
+        run.start + run.paths * torch.arange(run.dim) + number for run in _runs(product) for number in range(run.paths)
+    ]
     found = []
     for i, (_, ir) in enumerate(product.irreps_in1):
         mine = [(number, ins) for number, ins in enumerate(product.instructions) if ins.i_in1 == i]
         if not mine:
             continue
-        coupling = torch.zeros(sum(blocks), n_y, len(mine), ir.dim, dtype=torch.float64)
+        coupling = torch.zeros(n_components, n_y, len(mine), ir.dim, dtype=torch.float64)
         for column, (_, ins) in enumerate(mine):
             l2, l3 = product.irreps_in2[ins.i_in2].ir.l, product.irreps_out[ins.i_out].ir.l
             w3j = o3.wigner_3j(ir.l, l2, l3, dtype=torch.float64)  # (a, b, k)
-            k, b = starts[ins.i_out], product.irreps_in2.slices()[ins.i_in2]
-            coupling[k : k + blocks[ins.i_out], b, column] = ins.path_weight * w3j.permute(2, 1, 0)
+            b = product.irreps_in2.slices()[ins.i_in2]
+            coupling[rows[ins.i_out], b, column] = ins.path_weight * w3j.permute(2, 1, 0)
         found.append(_Paths(i, ir.dim, [number for number, _ in mine], coupling.flatten(1)))
+    return found
+
+
+def _runs(product: Any) -> list[_Run]:
+    """The output, kind by kind."""
+    channels, start, found = int(product.irreps_in1[0].mul), 0, []
+    for mul, ir in product.irreps_out.simplify():
+        found.append(_Run(mul // channels, ir.dim, start))
+        start += found[-1].paths * ir.dim
     return found

@@ -26,7 +26,7 @@ from ..mace_bridge import quiet
 from .memory import keep_small_blocks
 from .tracing import Traced, contraction_forms, place_of
 
-PROGRAM_VERSION = 5
+PROGRAM_VERSION = 6
 # Of a side of a tensor, such as pairs or atoms.
 _LARGEST = 2**26
 

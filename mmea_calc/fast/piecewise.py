@@ -5,6 +5,9 @@ its pieces as slices of x. The gradient of a slice is as wide as x and zero for 
 up one for every piece of every layer. `Stage.split` takes x apart once, for all who ask: the gradient is the pieces'
 gradients side by side. And what `Stage.join` has put together is not taken apart again.
 
+Within an irrep e3nn has the 2l+1 components of a channel side by side. In pieces it is the channels: that is how matrix
+products take and leave them, and what a processor multiplies many of at once.
+
 So a linear layer (e3nn's, within `arranged`) is one matrix product for each irrep: inputs of the same irrep that lie
 side by side are one input with all of their channels,
 
@@ -20,6 +23,7 @@ from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._e3nn import o3
@@ -116,10 +120,8 @@ class LinearByPiece:
         pieces, own = now.split(x, self.blocks), self.stock.weight
         found = []
         for output in self.outputs:
-            channels, outgoing = output.shape
-            rows = pieces[output.piece].unflatten(1, (channels, output.dim)).transpose(1, 2).reshape(-1, channels)
-            y = rows @ own[output.weights].view(channels, outgoing) * output.factor
-            found.append(y.unflatten(0, (-1, output.dim)).transpose(1, 2).flatten(1))
+            y = pieces[output.piece].flatten(0, 1) @ own[output.weights].view(output.shape) * output.factor
+            found.append(y.unflatten(0, (-1, output.dim)))
         return now.join(found)
 
 
@@ -132,14 +134,16 @@ class ReshapeByPiece:
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
-        self.sizes = [(mul, ir.dim) for mul, ir in stock.irreps]
+        self.blocks = tuple((mul, ir.dim) for mul, ir in stock.irreps)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         now = stage()
         if now is None:
             return type(self.stock).forward(self.stock, tensor)
-        pieces = now.split(tensor, [mul * dim for mul, dim in self.sizes])
-        return now.join([p.unflatten(1, size) for p, size in zip(pieces, self.sizes, strict=True)])
+        pieces = now.split(tensor, self.blocks)
+        x = torch.cat([piece.transpose(1, 2) for piece in pieces], dim=-1)
+        now.remember(x, pieces)
+        return x
 
 
 __all__ = ["LinearByPiece", "ReshapeByPiece", "remove_pieces", "use_pieces"]

@@ -73,7 +73,7 @@ class SelfConnection:
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
-        self.sizes = [mul * ir.dim for mul, ir in stock.irreps_in1]
+        self.blocks = tuple((mul, ir.dim) for mul, ir in stock.irreps_in1)
         self.orders: list[_Order] = []
         start = 0
         for ins in stock.instructions:
@@ -99,13 +99,11 @@ class SelfConnection:
             return type(self.stock).forward(self.stock, x, y, weight)
         at, present = now.arrangement.atoms, now.arrangement.present
         own, found = self.stock.weight, {}
-        pieces = now.split(x, self.sizes)
+        pieces = now.split(x, self.blocks)
         for order in self.orders:
             matrices = order.factor * own[order.weights].view(order.shape).transpose(0, 1).index_select(0, present)
-            mine = at.gather(pieces[order.incoming]).unflatten(-1, (order.shape[0], order.dim))
-            rows = mine.transpose(2, 3).flatten(1, 2)  # (elements, atoms of each * (2 l + 1), channels)
-            out = torch.bmm(rows, matrices).unflatten(1, (-1, order.dim)).transpose(2, 3)
-            found[order.place] = at.scatter(out.flatten(2))
+            rows = at.gather(pieces[order.incoming]).flatten(1, 2)  # (elements, atoms of each * (2 l + 1), channels)
+            found[order.place] = at.scatter(torch.bmm(rows, matrices).unflatten(1, (-1, order.dim)))
         return now.join([found[place] for place in sorted(found)])
 
 
