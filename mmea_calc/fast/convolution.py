@@ -29,9 +29,6 @@ from .._e3nn import o3
 from ..mace_bridge import interaction_blocks
 from .arrangement import Arrangement, stage, total
 
-# Channels in multiples of this fill the processor's vectors, and matrix products over them are quick. Of products over
-# four channels torch 2.13's inductor makes wrong code, which the comparison after compiling finds.
-VECTOR = 16
 # Edges that are worked on together: what is made for them stays in a processor's cache. A GPU would wait for the start
 # of every operation on so few; there it is what a few hundred megabytes hold.
 SLOTS, SLOTS_ON_GPU = 512, 2**15
@@ -372,36 +369,25 @@ class _WrittenOut(torch.autograd.Function):
                 parts.append(h[i][:, :, a] * u)
                 of_h[i].setdefault(a, []).append(radial[:, :, path] * u)
             of_radial.append(total(parts))
-        of_y = _of_y_by_sums if grad.shape[2] % VECTOR == 0 else _of_y_term_by_term
         return (
             None,
-            of_y(terms, radial, h, grad),
+            _of_y(terms, radial, h, grad),
             torch.stack(of_radial, dim=2),
             *(torch.stack([total(parts[a]) for a in sorted(parts)], dim=2) for parts in of_h),
         )
 
 
-def _of_y_term_by_term(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
-    """The gradient of Y, (width, n, n_Y): a sum over channels."""
-    return torch.stack([by_channel.sum(-1) for by_channel in _of_y_by_channel(terms, radial, h, grad)], dim=2)
-
-
-def _of_y_by_sums(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
-    """The same, the sum over channels as a matrix product: as a loop a compiler transposes what it adds."""
-    by_channel = torch.stack(_of_y_by_channel(terms, radial, h, grad), dim=2)
-    return (by_channel.flatten(0, 2) @ by_channel.new_ones(by_channel.shape[3], 1)).view(by_channel.shape[:3])
-
-
-def _of_y_by_channel(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """Gradients of the components of Y before they are summed over channels, (width, n, c) each."""
+def _of_y(terms: list[_Term], radial: Tensor, h: list[Tensor], grad: Tensor) -> Tensor:
+    """The gradient of Y, (width, n, n_Y): a sum over channels, added up where what is added is made."""
     g = grad.unbind(1)
-    return [
+    by_channel = [
         total(
             radial[:, :, path] * total(t.c * h[t.i][:, :, t.a] * g[t.k] for t in of_path)
             for path, of_path in _grouped(of_b, lambda t: t.path)
         )
         for _, of_b in _grouped(terms, lambda t: t.b)
     ]
+    return torch.stack([one.sum(-1) for one in by_channel], dim=2)
 
 
 def _grouped(terms: Iterable[_Term], key: Callable[[_Term], Any]) -> list[tuple[Any, list[_Term]]]:

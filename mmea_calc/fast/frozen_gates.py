@@ -97,6 +97,10 @@ class FrozenGate:
         return Packed(packed.down, packed.down_bias, heads.flatten(0, 1), bias.flatten())
 
 
+# A sum of more terms than this is made of several, which a processor works on at once: in one each waits for the last.
+_TERMS = 16
+
+
 class WrittenOut:
     """The layers of a gate (`gates.Layers`) with their products as sums, and no gradient for their weights.
 
@@ -131,9 +135,7 @@ class WrittenOut:
 
     def parts(self, z: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         _, _, heads, bias, *_, from_heads = self._parts()
-        size = list(sizes)
-        each = zip(from_heads.split(size, dim=1), heads.split(size), bias.split(size), strict=True)
-        return [_Sum.apply(z, columns, rows) + shift for columns, rows, shift in each]
+        return (_Sum.apply(z, from_heads, heads) + bias).split(list(sizes), dim=-1)
 
 
 class _Sum(torch.autograd.Function):
@@ -142,7 +144,10 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, transposed: Tensor) -> Tensor:
         ctx.weights = w, transposed
-        return (x.unsqueeze(-1) * w).sum(-2)
+        if len(w) <= _TERMS or len(w) % _TERMS:
+            return (x.unsqueeze(-1) * w).sum(-2)
+        size = (len(w) // _TERMS, _TERMS)
+        return (x.unflatten(-1, size).unsqueeze(-1) * w.unflatten(0, size)).sum(-2).sum(-2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
