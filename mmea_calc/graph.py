@@ -120,13 +120,16 @@ def _placed(atoms: Atoms) -> tuple[FloatArray, FloatArray, FloatArray, FloatArra
     if pbc.any():
         moved = np.where(pbc, np.floor(positions @ np.linalg.inv(cell)), 0.0)
         positions = positions - moved @ cell
-    if not pbc.all():
-        # mace-torch sizes the box of a molecule by its distance from the origin; here that distance is taken away.
-        # Along periodic directions the atoms stay in their cell.
+    # mace-torch sizes the box of a molecule by its distance from the origin; here that distance is taken away.
+    # Along periodic directions the atoms stay in their cell.
+    if not pbc.any():
+        positions = positions - positions.mean(axis=0)
+    elif not pbc.all():
         middle = (positions @ np.linalg.inv(cell)).mean(axis=0)
         positions = positions - np.where(pbc, 0.0, middle) @ cell
     # The volume of a slab's own cell, vacuum included, is what its stress refers to.
-    return positions, cell, given if abs(np.linalg.det(given)) > SMALLEST_VOLUME else cell, moved
+    own = given.any() and abs(np.linalg.det(given)) > SMALLEST_VOLUME
+    return positions, cell, given if own else cell, moved
 
 
 @dataclass

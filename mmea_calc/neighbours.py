@@ -91,6 +91,8 @@ def periodic_cell(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
     Raises:
         DataError: a periodic direction without a lattice vector, or lattice vectors that depend on each other.
     """
+    if not pbc.any():
+        return np.eye(3)
     lengths = np.linalg.norm(cell, axis=1)
     for axis in np.flatnonzero(pbc):
         if lengths[axis] < 1e-8:
@@ -99,7 +101,7 @@ def periodic_cell(cell: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
     full = cell.copy()
     free = list(np.flatnonzero(~pbc))
     if free:
-        basis = np.linalg.svd(np.array(rows))[2][len(rows) :] if rows else np.eye(3)
+        basis = np.linalg.svd(np.array(rows))[2][len(rows) :]
         for axis, vector in zip(free, basis, strict=True):
             full[axis] = vector
     volume = abs(np.linalg.det(full))
