@@ -85,8 +85,8 @@ def test_a_set_is_relabelled_by_what_the_backbone_gives(cheap: Path, tmp_path: P
     cheap_energies = found["energy"] - energies.numpy()
     assert np.abs(cheap_energies[:, None] - lower["energy"][None]).min(1).max() < 1e-4
     true = read_arrays([tmp_path / "train-1.npz"])
-    assert len(true["n_atoms"]) == 3 * 4884
-    assert len(read_arrays([tmp_path / "valid.npz"])["n_atoms"]) == 489
+    assert len(true["n_atoms"]) == 3 * 5256
+    assert len(read_arrays([tmp_path / "valid.npz"])["n_atoms"]) == 550
     assert read_e0(tmp_path) == read_e0(PBE)
     assert (tmp_path / "level.txt").read_text() == (PBE / "level.txt").read_text()
 
