@@ -323,7 +323,7 @@ def compile_program(
         backbone.elements, backbone.r_max, head_index=head_index, dtype=backbone.dtype, device=backbone.device
     )
     with being_made(path) as made:
-        build(trace(network, batch, head_index, stress=stress), _sources(network, adapter), made)
+        build(trace(network, batch, head_index, stress=stress), _sources(network, adapter), made, one_block=True)
         found = CompiledNetwork(network, adapter, made)(batch, stress=stress)
         if found is not None:
             difference, allowed = disagreement(found, plainly(batch))

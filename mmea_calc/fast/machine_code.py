@@ -135,13 +135,15 @@ def _load(path: Path, device: torch.device) -> Callable[[list[Tensor]], list[Ten
     return cast(Callable[[list[Tensor]], list[Tensor]], package.loader.boxed_run)
 
 
-def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:
+def build(traced: Traced, known: Mapping[str, Tensor], path: Path, *, one_block: bool = False) -> None:
     """Compile a graph and write the two files.
 
     Args:
         traced: the graph.
         known: tensors by name, of which those that it takes are given by their names.
         path: of the files, without their endings.
+        one_block: take the memory for all that is made in between as one block, on a CPU. Allocating is a tenth of the
+            time of a small call. For the gradient of a loss the block is larger than what is there at any time.
     """
     from torch._inductor import aoti_compile_and_package
     from torch.export import Dim, export
@@ -171,8 +173,7 @@ def build(traced: Traced, known: Mapping[str, Tensor], path: Path) -> None:
             inductor_configs={
                 "cpp.dynamic_threads": True,
                 "assert_indirect_indexing": False,
-                # All that is needed in between as one block: a tenth of a small call is allocating. A GPU keeps blocks.
-                "memory_planning": not on_gpu,
+                "memory_planning": one_block and not on_gpu,
             },
         )
     safetensors.torch.save_file(fixed, path.with_suffix(".safetensors"), metadata={"inputs": json.dumps(names)})
