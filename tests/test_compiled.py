@@ -372,7 +372,7 @@ def test_a_program_that_is_damaged_or_wrong_is_not_used(
 def test_what_cannot_be_compiled_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_code, "program_folder", lambda: tmp_path / "programs")
 
-    def no_compiler(*args: object) -> None:
+    def no_compiler(*args: object, **options: object) -> None:
         raise RuntimeError("no working C++ compiler found")
 
     monkeypatch.setattr(compiled, "build", no_compiler)
@@ -388,7 +388,7 @@ def test_a_program_that_differs_from_its_network_is_not_kept(
 ) -> None:
     monkeypatch.setattr(machine_code, "program_folder", lambda: tmp_path / "programs")
 
-    def another(traced: Any, known: Any, path: Path) -> None:
+    def another(traced: Any, known: Any, path: Path, **options: Any) -> None:
         for ending in (".pt2", ".safetensors"):
             shutil.copy(program.with_suffix(ending), path.with_suffix(ending))
 
