@@ -22,7 +22,7 @@ from ase.md.langevin import Langevin
 
 from mmea_calc import MMEACalculator
 from mmea_calc.benchmark.speed_setup import SpeedConfig, aspirin, mace_calculator
-from mmea_calc.config import MDConfig
+from mmea_calc.config import DEFAULT_BACKBONE, MDConfig
 from mmea_calc.md import open_potential
 from mmea_calc.md.simulation import Simulation
 
@@ -36,7 +36,7 @@ def langevin(atoms: Atoms, calculator: Calculator) -> Callable[[int], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", nargs="?", default="mmea-organic-s", help="without it, the bare default backbone")
+    parser.add_argument("adapter", nargs="?", default=DEFAULT_BACKBONE, help="without it, the bare default backbone")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 600.0, 1200.0])
     parser.add_argument("--replicas", type=int, default=4, help="per temperature")
     parser.add_argument("--threads", type=int, default=2)
