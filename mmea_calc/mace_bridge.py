@@ -402,6 +402,13 @@ def radial_networks(network: nn.Module) -> list[tuple[Any, int]]:
     return [(block.conv_tp_weights, width) for _, block in interaction_blocks(network)]
 
 
+def of_distance_alone(network: nn.Module) -> Any:
+    """The radial embedding of a MACE network, if its features depend on nothing but the distance of two atoms."""
+    embedding, blocks = getattr(network, "radial_embedding", None), sys.modules.get("mace.modules.blocks")
+    known = blocks is not None and type(embedding) is blocks.RadialEmbeddingBlock
+    return embedding if known and not hasattr(embedding, "distance_transform") else None
+
+
 def headed_readouts(network: nn.Module) -> list[Any]:
     """Readouts that keep the hidden channels of one head of several: `non_linearity` of `linear_1` and a mask, in one
     of the two kinds the same with `linear_mid`, then `linear_2`.

@@ -34,7 +34,7 @@ from mmea_calc.fast.arrangement import arrange
 from mmea_calc.fast.harmonics import by_products, written_out
 from mmea_calc.fast.machine_code import form_of
 from mmea_calc.fast.switch import use_fast_path
-from mmea_calc.fast.tracing import Inputs, contraction_forms, evaluator, example, trace
+from mmea_calc.fast.tracing import Inputs, contraction_forms, evaluator, example, tables_of, trace
 from mmea_calc.graph import Batch
 from mmea_calc.mace_networks import repeat_to_the_bit
 from mmea_calc.potential import Potential
@@ -67,9 +67,9 @@ def adapted(name: str) -> Iterator[nn.Module]:
         yield network
 
 
-def inputs_of(network: nn.Module, batch: Batch, *, compiled: bool = True) -> Inputs:
+def inputs_of(network: nn.Module, batch: Batch, *, compiled: bool = True, frozen: bool = True) -> Inputs:
     arrangement = arrange(batch.tensors)
-    tables = [form.tables_of(arrangement.present, compiled=compiled) for form in contraction_forms(network)]
+    tables = tables_of(network, arrangement.present, compiled=compiled, frozen=frozen)
     return Inputs.of(batch, arrangement, tables, stress=True)
 
 

@@ -30,7 +30,7 @@ from mmea_calc.fast import machine_code
 from mmea_calc.fast.arrangement import arrange
 from mmea_calc.fast.recorded import Recording, Recordings
 from mmea_calc.fast.switch import use_fast_path
-from mmea_calc.fast.tracing import Inputs, contraction_forms, loss_evaluator, trace_loss
+from mmea_calc.fast.tracing import Inputs, loss_evaluator, tables_of, trace_loss
 from mmea_calc.graph import Batch
 from mmea_calc.loss import LossWeights, collect_labels, loss_of
 from mmea_calc.mace_networks import repeat_to_the_bit
@@ -80,7 +80,7 @@ class Uncompiled:
             network = backbone.network
             batch = batch_of(ethanol()) if traced is None else traced
             arrangement = arrange(batch.tensors)
-            tables = [form.tables_of(arrangement.present) for form in contraction_forms(network)]
+            tables = tables_of(network, arrangement.present, compiled=True, frozen=False)
             inputs = Inputs.of(batch, arrangement, tables, stress=False)
             self.run: Any = loss_evaluator(network, inputs, backbone.head_index, self.names)
             if traced is not None:

@@ -13,7 +13,7 @@ from waiting import Watching
 from conftest import batch_of, crystal, ethanol
 from mmea_calc.fast.arrangement import arrange_elements
 from mmea_calc.fast.full_table import FullTable, width_of
-from mmea_calc.fast.tracing import Inputs, contraction_forms, evaluator
+from mmea_calc.fast.tracing import Inputs, evaluator, tables_of
 from mmea_calc.graph import Batch
 
 R_MAX, SKIN, SPARE = 4.0, 1.0, 3
@@ -40,7 +40,7 @@ def inputs_of(
     wide = batch_of(*structures, r_max=R_MAX + SKIN)
     table = table_of(wide)
     elements = arrange_elements(wide.tensors["node_attrs"])
-    tables = [form.tables_of(elements[1], compiled=compiled) for form in contraction_forms(network)]
+    tables = tables_of(network, elements[1], compiled=compiled, frozen=True)
     tensors = filled(wide, table)
     inputs = Inputs.of(
         Batch(tensors, wide.numbers, wide.atoms_per_graph), table.arrangement(elements), tables, stress=True

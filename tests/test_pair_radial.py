@@ -94,7 +94,7 @@ def test_the_radial_networks_see_one_edge_of_a_pair(paired: bool) -> None:
     for module, _ in radial_networks(network):
         first = next(child for child in module.modules() if child is not module)
         first.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    inputs = inputs_of(network, batch)
+    inputs = inputs_of(network, batch, frozen=False)
     evaluator(network, inputs, 0)(*inputs.tensors())
     n_edges = batch.tensors["edge_index"].shape[1]
     assert set(seen) == {n_edges // 2 if paired else n_edges}

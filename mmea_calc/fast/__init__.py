@@ -6,8 +6,8 @@ recorded is traced from that network and compared with it before it is believed.
 
 1. The batch as tables of one width, so that no shape or decision depends on what is in it: `arrangement`.
 2. Exact replacements of mace's parts, put on and taken off by `switch`: `contraction`, `convolution`,
-   `self_connection`, `piecewise`, `pair_radial`, `head_mask`. Sums are written out for them by `polynomials` and
-   `harmonics`.
+   `self_connection`, `piecewise`, `pair_radial` with `radial_table`, `head_mask`. Sums are written out for them by
+   `polynomials` and `harmonics`.
 3. Gates for inference: tables by element (`element_tables`), the others in few operations (`frozen_gates`).
 4. Network and derivatives as one graph for batches of any size (`tracing`), compiled and kept (`machine_code`).
 5. Calls (`compiled`): a program is found or made, proven, and fed, on a CPU in parts that its cache holds (`parts`);

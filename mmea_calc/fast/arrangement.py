@@ -241,15 +241,17 @@ class Stage:
 
     Attributes:
         arrangement: of the batch.
-        tables: form of a symmetric contraction -> its tables for the elements present.
+        tables: form of a module -> its tables: of a symmetric contraction, for the elements present; of a radial MLP.
         compiled: whether all operations become a few by compiling them; else each is started, and fewer are better.
         doubts: (bool tensors without dimensions) where one is true, the result does not hold: see `ShortRange`.
+        lengths: radial features of the edges (n_edges, width), and the distances that they are of (n_edges, 1), A.
     """
 
     arrangement: Arrangement
     tables: Mapping[Any, list[Tensor]]
     compiled: bool = True
     doubts: list[Tensor] = field(default_factory=list)
+    lengths: tuple[Tensor, Tensor] | None = None
     _known: dict[int, tuple[Tensor, int, dict[Blocks, tuple[Tensor, ...]]]] = field(default_factory=dict)
 
     def split(self, x: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:

@@ -41,10 +41,10 @@ from ..errors import CompilationError
 from ..graph import Batch, Found
 from .arrangement import Arrangement
 from .converted import ConvertedNetwork
-from .machine_code import Program, being_made, build, is_made, named_tensors, path_of
+from .machine_code import Program, being_made, build, is_made, named_tensors, path_of, tabled
 from .parts import Part, Parts
 from .tensor_state import Watched
-from .tracing import Inputs, contraction_forms, example, trace
+from .tracing import Inputs, Tables, example, tables_of, trace
 
 # A batch is computed plainly where its tables have more slots than this, and this many times as many as it has edges:
 # a few atoms with many neighbours among many with few.
@@ -87,13 +87,14 @@ class CompiledNetwork:
     def __init__(self, network: nn.Module, adapter: Adapter | None, path: Path) -> None:
         self.network, self.adapter = network, adapter
         self._program = Program(path, next(network.parameters()).device)
-        self._forms = contraction_forms(network)
+        self._tabled = tabled(network)
+        self._holds = True
         self._dtype = next(network.parameters()).dtype
         self._watched = Watched(store for m in network.modules() for store in (m._parameters, m._buffers))
         self._values: list[Tensor] = []
         self._parts = Parts(None)
         self._atoms_per_thread = atoms_in_cache(network)
-        self._tables: dict[tuple[int, ...], list[list[Tensor]]] = {}
+        self._tables: dict[tuple[int, ...], Tables] = {}
 
     def __call__(self, batch: Batch, *, stress: bool) -> Found | None:
         """Results of a batch; None where they would not hold, or most of the tables would be empty."""
@@ -103,6 +104,8 @@ class CompiledNetwork:
             self._parts.most = self._atoms_per_thread * torch.get_num_threads()
         with torch.no_grad():
             self._renew()
+            if not self._holds:
+                return None
             found = []
             for part in self._parts.of(batch):
                 one = self._of_part(part, stress=stress)
@@ -129,6 +132,8 @@ class CompiledNetwork:
     def with_values_of_now(self) -> Callable[..., list[Tensor]]:
         """`Inputs.tensors` -> what the program gives, with the values that the network has at present."""
         self._renew()
+        if not self._holds:
+            raise CompilationError("the network's radial functions have become others than the program can take")
         program, values = self._program, self._values
         return lambda *inputs: program(list(inputs), values)
 
@@ -136,13 +141,14 @@ class CompiledNetwork:
         if self._watched.changed():
             self._values = self._program.values(_sources(self.network, self.adapter))
             self._tables.clear()
+            self._holds = tabled(self.network) == self._tabled
 
-    def _tables_of(self, present: Tensor) -> list[list[Tensor]]:
+    def _tables_of(self, present: Tensor) -> Tables:
         key = tuple(present.tolist())
         if key not in self._tables:
             if len(self._tables) >= _MANY_COMPOSITIONS:
                 self._tables.clear()
-            self._tables[key] = [form.tables_of(present) for form in self._forms]
+            self._tables[key] = tables_of(self.network, present, compiled=True, frozen=True)
         return self._tables[key]
 
 

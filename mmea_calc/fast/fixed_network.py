@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from ..graph import Batch
 from ..potential import Potential
 from .arrangement import arrange_elements
 from .full_table import FullTable
-from .tracing import Inputs, contraction_forms, evaluator
+from .tracing import Inputs, evaluator, tables_of
 
 
 class FixedNetwork:
@@ -32,8 +31,7 @@ class FixedNetwork:
         network, elements = other or potential.backbone.network, arrange_elements(batch.tensors["node_attrs"])
         program = None if plainly or other is not None else potential.program(stress=stress)
         compiled = program is not None
-        with torch.no_grad():
-            tables = [form.tables_of(elements[1], compiled=compiled) for form in contraction_forms(network)]
+        tables = tables_of(network, elements[1], compiled=compiled, frozen=True)
         # A recording reads them where they are, and whoever merges the adapter again makes others in their place.
         self._derived = {} if potential.adapter is None else potential.adapter.derived()
         tensors = {**batch.tensors, "edge_index": table.index}

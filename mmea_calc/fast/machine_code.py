@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from ..errors import CompilationError, first_line
 from ..mace_bridge import quiet
 from .memory import keep_small_blocks
+from .pair_radial import radial_forms
 from .tracing import Traced, contraction_forms, place_of
 
-PROGRAM_VERSION = 6
+PROGRAM_VERSION = 7
 # Of a side of a tensor, such as pairs or atoms.
 _LARGEST = 2**26
 
@@ -56,7 +57,13 @@ def form_of(network: nn.Module, *asked: object) -> str:
         parts.append((name, type(module).__qualname__, form, module.extra_repr(), sorted(settings.items()), hooks))
     parts += [(name, tuple(t.shape), str(t.dtype)) for name, t in named_tensors(network)]
     parts += [form.terms for form in contraction_forms(network)]  # of which values decide: those that are zero
+    parts.append(tabled(network))  # likewise
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def tabled(network: nn.Module) -> list[bool]:
+    """Which of the network's radial MLPs a program takes as tables."""
+    return [form.table() is not None for form in radial_forms(network)]
 
 
 def _is_plain(value: object) -> bool:

@@ -6,7 +6,7 @@
 | convolution | `convolution` | tensor products per edge, and the memory of every edge's message |
 | self-connections, in compiled networks | `self_connection` | products with the elements that an atom is not |
 | linear layers, in compiled networks | `piecewise` | taking features apart, and the gradients of that |
-| radial MLPs, in compiled networks | `pair_radial` | the edge of a pair that goes the other way |
+| radial MLPs, in compiled networks | `pair_radial` | the edge of a pair that goes the other way; in calls, the MLP |
 | readouts of several heads, in compiled networks | `head_mask` | a mask that comes from the host |
 
 They replace a `forward` on the given network's own modules. They read the parameters that are there, so adapters and

@@ -27,6 +27,10 @@ from ..loss import Targets
 from ..mace_bridge import symmetric_contractions
 from .arrangement import Arrangement, Stage, arrange, arranged
 from .contraction import TableContraction
+from .pair_radial import radial_forms
+
+# Form of a module -> tensors.
+Tables = Mapping[Any, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,18 @@ class Inputs:
     """Of one batch: its tensors, its arrangement, the tables of its elements; and, for stresses, a strain of zeros.
 
     Attributes:
+        tables: form of a module -> what it takes in the place of the module's weights, in the order of `tabled`.
         strain: (n_graphs + 1, 3, 3); None without stresses. One more than there are, since a compiled graph takes a
             dimension of 1 for a special one.
     """
 
     batch: dict[str, Tensor]
     arrangement: Arrangement
-    tables: Sequence[Sequence[Tensor]]
+    tables: Tables
     strain: Tensor | None
 
     @classmethod
-    def of(cls, batch: Batch, arrangement: Arrangement, tables: Sequence[Sequence[Tensor]], *, stress: bool) -> Inputs:
+    def of(cls, batch: Batch, arrangement: Arrangement, tables: Tables, *, stress: bool) -> Inputs:
         strain = batch.tensors["positions"].new_zeros(batch.n_graphs + 1, 3, 3) if stress else None
         return cls(batch.tensors, arrangement, tables, strain)
 
@@ -52,13 +57,14 @@ class Inputs:
         """In the order of the graph's inputs."""
         fields = ("positions", "node_attrs", "edge_index", "shifts")
         strain = [] if self.strain is None else [self.strain, self.batch["batch"]]
-        flat = [table for some in self.tables for table in some]
+        flat = [table for some in self.tables.values() for table in some]
         return [*(self.batch[key] for key in fields), *self.arrangement.tensors(), *strain, *flat]
 
     def dynamic(self) -> list[set[int]]:
         """Which dimensions of each tensor differ from batch to batch."""
         strain: list[set[int]] = [] if self.strain is None else [{0}, {0}]
-        return [{0}, {0}, {1}, {0}, *Arrangement.DYNAMIC, *strain, *({0} for some in self.tables for _ in some)]
+        rows: list[set[int]] = [{0} if t.dim() > 1 else set() for some in self.tables.values() for t in some]
+        return [{0}, {0}, {1}, {0}, *Arrangement.DYNAMIC, *strain, *rows]
 
 
 # Where the values of a tensor are, and how they lie there.
@@ -120,7 +126,8 @@ def loss_evaluator(
 
     `compiled`: see `evaluator`.
     """
-    run, n_tables = _runner(network, inputs, head_index, compiled=compiled), sum(len(t) for t in inputs.tables)
+    run = _runner(network, inputs, head_index, compiled=compiled)
+    n_tables = sum(map(len, inputs.tables.values()))
 
     def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -148,7 +155,7 @@ def _runner(
 
     It returns node energies, and the positions, and the strain, with respect to which they can be differentiated.
     """
-    forms, n_tables = contraction_forms(network), [len(t) for t in inputs.tables]
+    n_tables = {form: len(some) for form, some in inputs.tables.items()}
 
     def run(rest: Iterator[Tensor], own: dict[str, Tensor], stress: bool) -> tuple[Tensor, list[Tensor], Stage]:
         positions, node_attrs, edge_index, shifts = (next(rest) for _ in range(4))
@@ -162,7 +169,7 @@ def _runner(
             of_edge = symmetric.index_select(0, owner.index_select(0, edge_index[0]))
             shifts = shifts + (shifts.unsqueeze(1) @ of_edge).squeeze(1)
             wanted = [positions, strain]
-        tables = {form: [next(rest) for _ in range(n)] for form, n in zip(forms, n_tables, strict=True)}
+        tables = {form: [next(rest) for _ in range(n)] for form, n in n_tables.items()}
         one = torch.zeros(2, dtype=torch.int64, device=positions.device)
         batch = {
             **dict(positions=moved, node_attrs=node_attrs, edge_index=edge_index, shifts=shifts),
@@ -198,7 +205,7 @@ def example(
 
 def trace(network: nn.Module, batch: Batch, head_index: int, *, stress: bool) -> Traced:
     """The graph of `evaluator` for this network as it is now."""
-    inputs = inputs_of(network, batch, stress=stress)
+    inputs = inputs_of(network, batch, stress=stress, frozen=True)
     return _trace(evaluator(network, inputs, head_index), inputs.tensors(), inputs.dynamic())
 
 
@@ -212,12 +219,21 @@ def trace_loss(
     return _trace(function, tensors, [*(set() for _ in trained), *inputs.dynamic(), *Targets.DYNAMIC])
 
 
-def inputs_of(network: nn.Module, batch: Batch, *, stress: bool, compiled: bool = True) -> Inputs:
-    """What a graph of this network takes of a batch; `compiled`: see `evaluator`."""
+def inputs_of(network: nn.Module, batch: Batch, *, stress: bool, compiled: bool = True, frozen: bool = False) -> Inputs:
+    """What a graph of this network takes of a batch; `compiled`: see `evaluator`; `frozen`: see `tables_of`."""
     arrangement = arrange(batch.tensors)
-    with torch.no_grad():
-        tables = [form.tables_of(arrangement.present, compiled=compiled) for form in contraction_forms(network)]
+    tables = tables_of(network, arrangement.present, compiled=compiled, frozen=frozen)
     return Inputs.of(batch, arrangement, tables, stress=stress)
+
+
+def tables_of(network: nn.Module, present: Tensor, *, compiled: bool, frozen: bool) -> Tables:
+    """Tables of the symmetric contractions for these elements, and, in a compiled network that is not trained
+    (`frozen`), those of the radial MLPs that can be given like this.
+    """
+    with torch.no_grad():
+        of_contractions = {f: f.tables_of(present, compiled=compiled) for f in contraction_forms(network)}
+        of_radial = {f: f.table() for f in radial_forms(network)} if compiled and frozen else {}
+    return {**of_contractions, **{form: table for form, table in of_radial.items() if table is not None}}
 
 
 def _trace(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], dynamic: list[set[int]]) -> Traced:

@@ -180,7 +180,7 @@ class CompiledGradient:
         batch, arrangement = self._arranged(batch)
         if arrangement is None:
             return None
-        inputs = Inputs.of(batch, arrangement, (), stress=False)
+        inputs = Inputs.of(batch, arrangement, {}, stress=False)
         targets = targets_of(batch, labels, weights, self.potential.reference_energy_of(batch), self.delta)
         given = on_device([*inputs.tensors(), *targets.tensors()], self.potential.device)
         energy, forces, doubt, *found = self._run(given)
