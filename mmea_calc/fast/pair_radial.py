@@ -54,7 +54,7 @@ class PairRadial:
 
     def __init__(self, stock: Any, width: int, embedding: Any = None) -> None:
         self.stock, self.width, self.embedding = stock, width, embedding
-        self.sees_distance_alone = embedding is not None and int(stock.hs[0]) == width
+        self.sees_distance_alone = embedding is not None and list(getattr(stock, "hs", ()))[:1] == [width]
         modules = [m for part in (stock, embedding) if part is not None for m in part.modules()]
         self._stores = [store for m in modules for store in (m._parameters, m._buffers)]
         self._kept: list[Tensor] | None = None
