@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from test_compiled import inputs_of
 
-from conftest import batch_of, ethanol, random_network
+from conftest import batch_of, ethanol, random_network, randomise
+from mmea_calc.adapted import attach
+from mmea_calc.config import AdapterConfig
 from mmea_calc.fast import radial_table
 from mmea_calc.fast.pair_radial import PairRadial, radial_forms
 from mmea_calc.fast.switch import remove_fast_path, use_fast_path
@@ -128,6 +131,29 @@ def test_a_table_is_of_the_weights_that_are_there() -> None:
     own = network(batch.tensors, compute_force=False)["node_energy"]
     inputs = inputs_of(network, batch)
     torch.testing.assert_close(evaluator(network, inputs, 0)(*inputs.tensors())[0], own.detach(), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["full", "mmea", "sparse"])
+def test_a_table_follows_an_adapter_on_the_mlp(method: Any) -> None:
+    network = fast_network()
+    batch = batch_of(ethanol())
+
+    def of_network() -> tuple[torch.Tensor, torch.Tensor]:
+        own = network(batch.tensors, compute_force=False)["node_energy"].detach()
+        inputs = inputs_of(network, batch)
+        return own, evaluator(network, inputs, 0)(*inputs.tensors())[0]
+
+    bare, bare_by_table = of_network()
+    adapter = attach(network, AdapterConfig(method=method))
+    randomise(adapter, std=0.02)
+    adapter.merge()
+    own, by_table = of_network()
+    adapter.unmerge()
+    adapter.detach()
+    again, again_by_table = of_network()
+    assert float((own - bare).abs().max()) > 1e-4
+    for found, expected in ((bare_by_table, bare), (by_table, own), (again_by_table, again), (again, bare)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 def test_a_copy_has_tables_of_its_own() -> None:
