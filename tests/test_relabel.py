@@ -61,8 +61,8 @@ def test_the_shipped_network_of_differences_brings_the_cheap_forces_near_the_bet
     ]
     _, forces = by.predict_graphs([by.graph(atoms) for atoms in structures])
     wanted = arrays["forces"] - arrays["forces_xtb"]
-    # 11.7 of 406 meV/A, measured with the released file
-    assert 1e3 * np.abs(np.concatenate([f.numpy() for f in forces]) - wanted).mean() == pytest.approx(11.7, rel=0.01)
+    # 11.4 of 406 meV/A, measured with the released file
+    assert 1e3 * np.abs(np.concatenate([f.numpy() for f in forces]) - wanted).mean() == pytest.approx(11.4, rel=0.01)
     assert 1e3 * np.abs(wanted).mean() == pytest.approx(406.2, rel=0.001)
 
 

@@ -18,6 +18,7 @@ What could go wrong is checked where it would:
 | values have changed since (another adapter, an edit) | versions of all tensors are compared at every call |
 | somebody looks into the network by hooks of modules | their number is compared at every call |
 | it does not cover a case (atoms closer than in training) | it says so itself, and the batch is computed plainly |
+| edited weights give radial functions that no spline follows (`radial_table`) | the batch is computed plainly |
 | most of the tables would be empty (a crystal among many small molecules) | that batch is computed plainly |
 | no compiler, or an operation that inductor does not know | `compile` says so; everything goes on as without |
 
@@ -88,7 +89,7 @@ class CompiledNetwork:
         self.network, self.adapter = network, adapter
         self._program = Program(path, next(network.parameters()).device)
         self._tabled = tabled(network)
-        self._holds = True
+        self._holds = True  # that the same radial MLPs can be given as tables
         self._dtype = next(network.parameters()).dtype
         self._watched = Watched(store for m in network.modules() for store in (m._parameters, m._buffers))
         self._values: list[Tensor] = []

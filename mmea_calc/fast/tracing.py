@@ -38,7 +38,7 @@ class Inputs:
     """Of one batch: its tensors, its arrangement, the tables of its elements; and, for stresses, a strain of zeros.
 
     Attributes:
-        tables: form of a module -> what it takes in the place of the module's weights, in the order of `tabled`.
+        tables: form of a module -> what it takes in the place of the module's weights: see `tables_of`.
         strain: (n_graphs + 1, 3, 3); None without stresses. One more than there are, since a compiled graph takes a
             dimension of 1 for a special one.
     """
