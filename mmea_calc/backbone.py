@@ -44,7 +44,8 @@ EMBEDDED: dict[str, str] = {
     "mmea-organic-s6": "the same with labels nearer to PBE, and larger molecules at PBE",
     "mmea-organic-s7": "the same with more of both, and trained longer",
     "mmea-organic-s8": "mmea-organic-s7 trained further, with hydrogen bonds within molecules",
-    "mmea-organic-s9": "mmea-organic-s8 trained further, with more molecules with carbonyl groups; the default",
+    "mmea-organic-s9": "mmea-organic-s8 trained further, with more molecules with carbonyl groups",
+    "mmea-organic-s10": "mmea-organic-s9 trained further, with more of these at PBE; the default",
     "mmea-organic-m": "mmea-organic-s7 in twice as many channels, trained further",
 }
 
