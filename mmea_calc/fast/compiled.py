@@ -42,7 +42,7 @@ from ..errors import CompilationError
 from ..graph import Batch, Found
 from .arrangement import Arrangement
 from .converted import ConvertedNetwork
-from .machine_code import Program, being_made, build, is_made, named_tensors, path_of, tabled
+from .machine_code import Program, any_made, being_made, build, is_made, named_tensors, path_of, tabled
 from .parts import Part, Parts
 from .tensor_state import Watched
 from .tracing import Inputs, Tables, example, tables_of, trace
@@ -271,8 +271,7 @@ class Programs:
         try:
             if self.backbone.kernels == "cuequivariance":
                 return _Opened(ConvertedNetwork(self.backbone, adapter), "the network of cuEquivariance's layers")
-            path = _path(self.backbone, stress)
-            if not is_made(path):
+            if not any_made() or not is_made(path := _path(self.backbone, stress)):
                 return None
             return _Opened(CompiledNetwork(self.backbone.network, adapter, path), f"{path}.pt2")
         except CompilationError as problem:

@@ -191,6 +191,11 @@ def path_of(network: nn.Module, *asked: object) -> Path:
     return program_folder() / form_of(network, *asked)
 
 
+def any_made() -> bool:
+    """Whether there is any program at all: asked first, since naming one takes a tenth of a second and more."""
+    return any(program_folder().glob("*.safetensors"))
+
+
 @contextmanager
 def being_made(path: Path) -> Iterator[Path]:
     """Where to `build` the program that is to be at `path`: it is moved there at the end of the context.
